@@ -1,0 +1,1 @@
+"""Train sparse transformers in JAX: learned sparse attention and weights, one exact trainer."""
