@@ -1,0 +1,195 @@
+"""The rules a config's values obey, alone and together: one function a topic.
+
+Each takes the flattened config, `{"model.num_heads": 4, ...}`, and raises ConfigError.
+"""
+
+import math
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sparseformer_jax.checks import ConfigError, check_choice
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+# Every other name in jax.checkpoint_policies is a factory that takes arguments.
+REMAT_POLICIES = (
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "checkpoint_dots",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots_with_no_batch_dims",
+)
+
+_CHOICES = {
+    "model.position": ("rope", "learned", "none"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.mlp": ("swiglu", "gelu", "gelu_tanh"),
+    "model.remat": ("none", "full", *REMAT_POLICIES),
+    "model.param_dtype": _DTYPES,
+    "model.compute_dtype": _DTYPES,
+    "model.softmax_dtype": _DTYPES,
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.schedule": ("cosine", "constant", "wsd"),
+    "eval.split": ("train", "validation", "test"),
+}
+
+_POSITIVE = (
+    *("model.vocab_size", "model.num_layers", "model.embed_dim", "model.num_heads"),
+    *("model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.rope_theta"),
+    *("model.max_positions", "model.norm_eps", "model.attention_scale"),
+    *("model.attention_soft_cap", "model.logits_soft_cap", "data.seq_len"),
+    *("train.num_steps", "train.batch_size"),
+    *("train.accumulation_steps", "train.log_every", "optimizer.learning_rate"),
+    *("optimizer.eps", "eval.batch_size", "checkpoint.keep_last"),
+)
+
+_NOT_NEGATIVE = (
+    *("seed", "train.z_loss", "optimizer.warmup_steps", "optimizer.decay_steps"),
+    *("optimizer.weight_decay", "optimizer.clip_norm", "eval.every"),
+    *("eval.num_batches", "checkpoint.every", "checkpoint.keep_every"),
+    *("data.prefetch", "data.num_threads", "optimizer.final_fraction"),
+)
+
+# From 0 to below 1.
+_FRACTIONS = (
+    *("model.dropout", "data.validation_fraction", "data.test_fraction"),
+    *("optimizer.b1", "optimizer.b2", "optimizer.momentum"),
+)
+
+# The first must be a multiple of the second.
+_MULTIPLES = (
+    ("model.num_heads", "model.num_kv_heads"),
+    ("train.batch_size", "train.accumulation_steps"),
+    ("model.num_heads", "mesh.tensor"),
+    ("model.num_kv_heads", "mesh.tensor"),
+    ("model.mlp_dim", "mesh.tensor"),
+    ("model.vocab_size", "mesh.tensor"),
+    ("model.embed_dim", "mesh.fsdp"),
+    ("data.seq_len", "mesh.context"),
+)
+
+
+def check_values(values: dict[str, Any]) -> None:
+    """Checks every value alone: its choices and its range."""
+    for field, choices in _CHOICES.items():
+        check_choice(field, values[field], choices)
+    for field in _POSITIVE:
+        if values[field] is not None and not values[field] > 0:
+            raise ConfigError(f"{field}={values[field]}: must be positive")
+    for field in _NOT_NEGATIVE:
+        if not values[field] >= 0:
+            raise ConfigError(f"{field}={values[field]}: must not be negative")
+    if values["seed"] >= 2**32:
+        raise ConfigError(f"seed={values['seed']}: must be below 2**32")
+    for field in _FRACTIONS:
+        if not 0 <= values[field] < 1:
+            raise ConfigError(f"{field}={values[field]}: must be from 0 to below 1")
+
+
+def check_model(values: dict[str, Any]) -> None:
+    """Checks what the position encoding and the loss ask of the model."""
+    position, head_dim = values["model.position"], values["model.head_dim"]
+    if position == "rope" and head_dim % 2:
+        raise ConfigError(f"model.head_dim={head_dim}: rope needs an even number")
+    seq_len, rows = values["data.seq_len"], values["model.max_positions"]
+    if position == "learned" and rows < seq_len:
+        raise ConfigError(
+            f"model.max_positions={rows}: fewer learned positions than"
+            f" data.seq_len={seq_len}; make it {seq_len} or more"
+        )
+    if not values["model.is_causal"]:
+        raise ConfigError("model.is_causal=False: predicting the next token needs a causal model")
+
+
+def check_data(values: dict[str, Any]) -> None:
+    """Checks that there is one source of text and something left to train on."""
+    if values["data.files"] and values["data.tfds_name"]:
+        raise ConfigError(
+            f"data.tfds_name={values['data.tfds_name']!r}: data.files is set too; clear one of them"
+        )
+    held_out = values["data.validation_fraction"] + values["data.test_fraction"]
+    if held_out >= 1:
+        raise ConfigError(
+            f"data.test_fraction={values['data.test_fraction']}: nothing is left to"
+            f" train on beside data.validation_fraction="
+            f"{values['data.validation_fraction']}"
+        )
+
+
+def check_steps(values: dict[str, Any]) -> None:
+    """Checks what is told in steps, and the pattern of what trains."""
+    num_steps = values["train.num_steps"]
+    used = values["optimizer.warmup_steps"]
+    if used > num_steps:
+        raise ConfigError(f"optimizer.warmup_steps={used}: more than train.num_steps={num_steps}")
+    decay = values["optimizer.decay_steps"]
+    if values["optimizer.schedule"] == "wsd" and used + decay > num_steps:
+        raise ConfigError(
+            f"optimizer.decay_steps={decay}: with warmup_steps={used} more than"
+            f" train.num_steps={num_steps}"
+        )
+    final = values["optimizer.final_fraction"]
+    if not 0 <= final <= 1:
+        raise ConfigError(f"optimizer.final_fraction={final}: must be from 0 to 1")
+    profile = values["train.profile_steps"]
+    if profile and not (len(profile) == 2 and 0 <= profile[0] <= profile[1]):
+        raise ConfigError(f"train.profile_steps={profile}: must be (first, last), or () for none")
+    try:
+        re.compile(values["train.trainable"])
+    except re.error as error:
+        raise ConfigError(
+            f"train.trainable={values['train.trainable']!r}: neither 'all' nor a"
+            f" regular expression: {error}"
+        ) from None
+
+
+def check_multiples(values: dict[str, Any], num_processes: int) -> None:
+    """Checks that heads, widths and batches divide among devices and processes."""
+    for field, divisor in _MULTIPLES:
+        _check_multiple(values, field, divisor, values[divisor])
+    shards = values["mesh.data"] * values["mesh.fsdp"]
+    pieces = shards * values["train.accumulation_steps"]
+    by_shards = "mesh.data * mesh.fsdp"
+    by_pieces = f"{by_shards} * train.accumulation_steps"
+    _check_multiple(values, "train.batch_size", by_pieces, pieces)
+    _check_multiple(values, "eval.batch_size", by_shards, shards)
+    if shards % num_processes:
+        raise ConfigError(
+            f"mesh.data={values['mesh.data']}, mesh.fsdp={values['mesh.fsdp']}: their product"
+            f" must be a multiple of the {num_processes} processes, each of which reads rows"
+        )
+
+
+def _check_multiple(values: dict[str, Any], field: str, divisor: str, number: int) -> None:
+    if values[field] % number:
+        raise ConfigError(f"{field}={values[field]}: must be a multiple of {divisor}={number}")
+
+
+def resolve_mesh(mesh: ConfigDict, num_devices: int) -> dict[str, int]:
+    """Returns the number of devices along each mesh axis, with -1 worked out.
+
+    Raises ConfigError unless the product of the axes is `num_devices`.
+    """
+    axes = dict(mesh)
+    free = [axis for axis, size in axes.items() if size == -1]
+    for axis, size in axes.items():
+        if size < 1 and size != -1:
+            raise ConfigError(f"mesh.{axis}={size}: must be positive, or -1: the rest")
+    if len(free) > 1:
+        raise ConfigError(
+            f"mesh.{free[1]}=-1: only one axis takes the rest, and mesh.{free[0]} does"
+        )
+    taken = math.prod(size for size in axes.values() if size != -1)
+    if free and num_devices % taken == 0:
+        return axes | {free[0]: num_devices // taken}
+    if taken == num_devices:
+        return axes
+    shape = ",".join(f"{axis}:{size}" for axis, size in axes.items())
+    relation = "larger than" if taken > num_devices else "does not fit"
+    raise ConfigError(
+        f"mesh={shape}: {relation} the devices: its axes take {taken} of"
+        f" {num_devices}; make their product {num_devices}, or set one axis to -1"
+    )

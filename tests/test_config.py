@@ -1,0 +1,158 @@
+"""A config is refused in one line, compared key by key and saved exactly."""
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from sparseformer_jax import config as config_lib
+from sparseformer_jax import default_config, registry
+from sparseformer_jax.config import ConfigError
+from sparseformer_jax.config_rules import REMAT_POLICIES
+
+TOY = """
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    window_size: int = 4
+
+def check(options, config):
+    if config.data.seq_len % options.window_size:
+        raise ValueError(f"window_size={options.window_size}: must divide data.seq_len")
+"""
+
+
+def make(**changes: object) -> ConfigDict:
+    """Returns the default config with keys changed, `model__num_layers=2`."""
+    config = default_config.get_config()
+    with config.unlocked():
+        for key, value in changes.items():
+            config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
+
+
+def refusal(config: ConfigDict, **counts: int) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config_lib.validate(config, **({"num_devices": 1} | counts))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_default_is_valid():
+    config_lib.validate(default_config.get_config(), num_devices=1)
+
+
+def test_devices_and_processes_are_jaxs_by_default():
+    config_lib.validate(make(mesh__fsdp=jax.device_count()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__norm": "rmsnrom"}, "model.norm='rmsnrom': not one of rmsnorm, layernorm; did you mean rmsnorm?"),
+        ({"model__remat": "dots"}, "model.remat='dots': not one of none, full, everything_saveable"),
+        ({"model__compute_dtype": "bf16"}, "model.compute_dtype='bf16': not one of float32, bfloat16"),
+        ({"model__num_layers": 0}, "model.num_layers=0: must be positive"),
+        ({"model__attention_soft_cap": -1.0}, "model.attention_soft_cap=-1.0: must be positive"),
+        ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm=-1.0: must not be negative"),
+        ({"model__dropout": 1.0}, "model.dropout=1.0: must be from 0 to below 1"),
+        ({"optimizer__final_fraction": 2.0}, "optimizer.final_fraction=2.0: must be from 0 to 1"),
+        ({"model__num_kv_heads": 3}, "model.num_heads=4: must be a multiple of model.num_kv_heads=3"),
+        ({"model__head_dim": 31}, "model.head_dim=31: rope needs an even number"),
+        ({"model__is_causal": False}, "model.is_causal=False: predicting the next token"),
+        ({"model__position": "learned", "data__seq_len": 4096}, "model.max_positions=2048: fewer learned positions"),
+        ({"data__files": (1,)}, "data.files=(1,): must be tuple[str, ...]"),
+        ({"data__files": ("a",), "data__tfds_name": "pg19"}, "data.tfds_name='pg19': data.files is set too"),
+        ({"data__validation_fraction": 0.9, "data__test_fraction": 0.2}, "data.test_fraction=0.2: nothing is left"),
+        ({"train__accumulation_steps": 3}, "train.batch_size=8: must be a multiple of train.accumulation_steps=3"),
+        ({"train__profile_steps": (3,)}, "train.profile_steps=(3,): must be (first, last)"),
+        ({"train__trainable": "("}, "train.trainable='(': neither 'all' nor a regular expression"),
+        ({"optimizer__warmup_steps": 2000}, "optimizer.warmup_steps=2000: more than train.num_steps=1000"),
+        ({"optimizer__schedule": "wsd", "optimizer__decay_steps": 950}, "optimizer.decay_steps=950: with warmup_steps=100"),
+        ({"attention__name": "dnse"}, "attention.name='dnse': not one of"),
+    ],
+)  # fmt: skip
+def test_wrong_values_are_refused(changes, message):
+    assert refusal(make(**changes)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "counts", "message"),
+    [
+        ({"mesh__data": 16}, 8, "mesh=context:1,data:16,fsdp:1,tensor:1: larger than the devices: its axes take 16 of 8; make their product 8"),
+        ({"mesh__data": 3}, 8, "mesh=context:1,data:3,fsdp:1,tensor:1: does not fit the devices"),
+        ({"mesh__tensor": -1}, 8, "mesh.tensor=-1: only one axis takes the rest, and mesh.data does"),
+        ({"mesh__fsdp": 0}, 8, "mesh.fsdp=0: must be positive, or -1"),
+        ({"mesh__tensor": 8}, 8, "model.num_heads=4: must be a multiple of mesh.tensor=8"),
+        ({"mesh__context": 3}, 3, "data.seq_len=512: must be a multiple of mesh.context=3"),
+        ({}, 16, "train.batch_size=8: must be a multiple of mesh.data * mesh.fsdp * train.accumulation_steps=16"),
+        ({"eval__batch_size": 4}, 8, "eval.batch_size=4: must be a multiple of mesh.data * mesh.fsdp=8"),
+    ],
+)  # fmt: skip
+def test_wrong_meshes_are_refused(changes, counts, message):
+    assert refusal(make(**changes), num_devices=counts).startswith(message)
+
+
+def test_every_process_reads_rows_of_its_own():
+    config = make(mesh__data=1, mesh__tensor=2)
+    message = refusal(config, num_devices=2, num_processes=2)
+    assert message.startswith("mesh.data=1, mesh.fsdp=1: their product must be a multiple of the 2")
+
+
+def test_mesh_is_resolved():
+    mesh = make(mesh__tensor=2).mesh
+    resolved = {"data": 4, "fsdp": 1, "tensor": 2, "context": 1}
+    assert config_lib.resolve_mesh(mesh, num_devices=8) == resolved
+
+
+def test_unknown_missing_and_mistyped_keys_are_refused():
+    config = make()
+    config.model.num_layer = 3
+    assert refusal(config) == "model.num_layer: no such key; did you mean num_layers?"
+    config = make()
+    del config.optimizer.b1
+    assert refusal(config) == "optimizer.b1: missing; start from default_config"
+    config = make()
+    config.model = ConfigDict({**config.model, "num_layers": 2.0})
+    assert refusal(config) == "model.num_layers=2.0: must be int, not float"
+    config = make()
+    del config["model"]
+    config.model = 3
+    assert refusal(config) == "model=3: must be a section of keys"
+
+
+def test_a_method_checks_its_options_against_the_config(add_attention):
+    add_attention("toy", TOY)
+    config = make()
+    config.attention = registry.method_config("attention", "toy", window_size=3)
+    message = "attention.window_size=3: must divide data.seq_len"
+    assert refusal(config) == message
+
+
+def test_every_remat_name_is_a_policy():
+    for name in REMAT_POLICIES:
+        policy = getattr(jax.checkpoint_policies, name)
+        jax.checkpoint(lambda x: x * 2.0, policy=policy)(1.0)
+
+
+def test_diff_names_the_keys_that_differ():
+    old, new = make(), make(model__num_layers=6, data__files=("a",))
+    del old.model.remat
+    assert config_lib.diff(old, new) == [
+        "data.files: () -> ('a',)",
+        "model.num_layers: 4 -> 6",
+        "model.remat: absent -> none",
+    ]
+    assert config_lib.diff(old, old) == []
+
+
+def test_json_round_trip_is_exact():
+    config = make(train__profile_steps=(3, 5), model__attention_scale=0.1)
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert again == config
+    assert again.train.profile_steps == (3, 5)
+    assert again.model.logits_soft_cap is None
+    again.model.logits_soft_cap = 30.0
+    with pytest.raises(TypeError):
+        again.model.logits_soft_cap = "high"
