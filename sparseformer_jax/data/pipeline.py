@@ -1,0 +1,124 @@
+"""Batches for training, endless and resumable, and for evaluation, in order.
+
+Row r of step s is example s * batch_size + r of the whole run, whatever the number of
+processes: process p of P reads the rows from p * batch_size / P on, that many.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.data.corpus import Corpus
+from sparseformer_jax.data.packing import Batch, PackedExamples, padding_example
+
+
+def train_iterator(
+    corpus: Corpus,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    num_threads: int = 2,
+    prefetch: int = 16,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Returns an endless iterator over this process's rows of each batch.
+
+    Its state, `get_state()`, is {"next_index": step}: `set_state` takes it in any
+    process of any number of them. `close()` ends its threads.
+
+    Args:
+      corpus: The documents; every full example of them comes once in an epoch.
+      seq_len: T, tokens in an example.
+      batch_size: Examples in a step, over all processes.
+      seed: Of the order of documents and examples, below 2**32.
+      shuffle: Whether to draw an order, of the examples a new one in each epoch; else
+        the stored one.
+      num_threads: That make batches ahead; 0: made when asked for.
+      prefetch: Batches made ahead.
+      process_index: p, this process.
+      process_count: P, of how many.
+
+    Raises:
+      ConfigError: the corpus does not fill one batch, or a batch does not divide over
+        the processes.
+    """
+    rows = _local_rows("train.batch_size", batch_size, process_count)
+    examples = PackedExamples(corpus, seq_len, seed=seed if shuffle else None)
+    _check_enough(corpus, len(examples), seq_len, batch_size)
+    dataset = grain.MapDataset.source(examples)
+    if shuffle:
+        dataset = dataset.seed(seed).shuffle()
+    # Batches of one process's rows come in turns: p of step 0, p + 1 of step 0, ...
+    dataset = dataset.repeat().batch(rows, drop_remainder=True)
+    dataset = dataset[process_index::process_count]
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def eval_batches(
+    corpus: Corpus,
+    *,
+    seq_len: int,
+    batch_size: int,
+    num_batches: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields this process's rows of each batch of a split, in order, each token once.
+
+    All batches have one shape and all processes get as many: rows beyond the last
+    example are padding, weights 0.
+
+    Args:
+      corpus: The documents.
+      seq_len: T, tokens in an example.
+      batch_size: Examples in a batch, over all processes.
+      num_batches: At most so many; 0: the whole split.
+      process_index: p, this process.
+      process_count: P, of how many.
+
+    Raises:
+      ConfigError: a batch does not divide over the processes, or the split has not two
+        tokens.
+    """
+    rows = _local_rows("eval.batch_size", batch_size, process_count)
+    examples = PackedExamples(corpus, seq_len, pad_last=True)
+    if not len(examples):
+        raise ConfigError(f"data.files: split {corpus.split!r} has one token, nothing to predict")
+    available = -(-len(examples) // batch_size)
+    num_steps = min(num_batches, available) if num_batches else available
+    return (
+        _stack(examples, step * batch_size + process_index * rows, rows, seq_len)
+        for step in range(num_steps)
+    )
+
+
+def _stack(examples: PackedExamples, start: int, rows: int, seq_len: int) -> Batch:
+    chosen = [
+        examples[i] if i < len(examples) else padding_example(seq_len)
+        for i in range(start, start + rows)
+    ]
+    return {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
+
+
+def _local_rows(field: str, batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise ConfigError(
+            f"{field}={batch_size} does not divide over {process_count} processes; make"
+            f" it a multiple of {process_count}"
+        )
+    return batch_size // process_count
+
+
+def _check_enough(corpus: Corpus, num_examples: int, seq_len: int, batch_size: int) -> None:
+    if num_examples < batch_size:
+        raise ConfigError(
+            f"train.batch_size={batch_size} with data.seq_len={seq_len} takes"
+            f" {batch_size * seq_len + 1} tokens, split {corpus.split!r} has"
+            f" {corpus.num_tokens}; lower one of them or add text"
+        )

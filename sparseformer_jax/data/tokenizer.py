@@ -1,0 +1,163 @@
+"""Tokenizers: text to integers and back."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32
+from ml_collections import ConfigDict
+
+from sparseformer_jax.checks import ConfigError
+
+if TYPE_CHECKING:  # an extra, imported where it is needed
+    import tokenizers
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Maps text to token ids below `vocab_size`, and back.
+
+    Attributes:
+      vocab_size: Number of ids.
+      bos_id: Id that begins a document, if any; `encode` never adds it.
+      eos_id: Id that ends a document, if any; `encode` never adds it.
+      fingerprint: Equal for tokenizers that encode every text alike.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    fingerprint: str
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Returns the ids of `text`, without any that begin or end a document."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        ...
+
+
+_BYTE_SPECIAL = {"<bos>": 256, "<eos>": 257}
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, then `<bos>` 256 and `<eos>` 257.
+
+    Args:
+      bos_token: "<bos>", or "" for documents without one.
+      eos_token: "<eos>", or "" for documents without one.
+
+    Raises:
+      ConfigError: another token is named.
+    """
+
+    vocab_size = 258
+    fingerprint = "bytes"
+
+    def __init__(self, bos_token: str = "<bos>", eos_token: str = "<eos>") -> None:
+        self.bos_id = _special_id("data.bos_token", bos_token, _BYTE_SPECIAL.get)
+        self.eos_id = _special_id("data.eos_token", eos_token, _BYTE_SPECIAL.get)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Returns the UTF-8 bytes of `text`."""
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of `ids`; `<bos>` and `<eos>` are written out.
+
+        Raises:
+          ValueError: an id is not below `vocab_size`.
+        """
+        names = {number: name.encode() for name, number in _BYTE_SPECIAL.items()}
+        pieces = [names.get(int(i)) or bytes([i]) for i in ids]
+        return b"".join(pieces).decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A Hugging Face `tokenizer.json`.
+
+    Special tokens that stand in a text are encoded as such, as transformers does.
+
+    Args:
+      path: The file.
+      bos_token: Name of the token that begins a document, or "".
+      eos_token: Name of the token that ends a document, or "".
+
+    Raises:
+      ConfigError: `path` cannot be read, a token is not in it, or the `tokenizers`
+        package is not installed.
+    """
+
+    def __init__(self, path: str, bos_token: str = "", eos_token: str = "") -> None:
+        content = _read(path)
+        self._tokenizer = _parse(path, content)
+        # The file may hold a length to cut or fill every text to.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        find = self._tokenizer.token_to_id
+        # Not the number of tokens: ids may have gaps.
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
+        self.bos_id = _special_id("data.bos_token", bos_token, find)
+        self.eos_id = _special_id("data.eos_token", eos_token, find)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Returns the ids of `text`."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(encoding.ids, np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Returns the text of `ids`, special tokens written out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def make_tokenizer(data: ConfigDict) -> Tokenizer:
+    """Returns the tokenizer that `data`, a config's data section, describes.
+
+    Raises:
+      ConfigError: as the tokenizers say.
+    """
+    if data.tokenizer == "bytes":
+        return ByteTokenizer(data.bos_token, data.eos_token)
+    return HuggingFaceTokenizer(data.tokenizer, data.bos_token, data.eos_token)
+
+
+def _special_id(field: str, token: str, find: Callable[[str], int | None]) -> int | None:
+    if not token:
+        return None
+    number = find(token)
+    if number is None:
+        raise ConfigError(
+            f"{field}={token!r}: the tokenizer has no such token; name one that it has,"
+            " or leave the field empty"
+        )
+    return number
+
+
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"data.tokenizer={path!r}: neither 'bytes' nor a readable tokenizer.json"
+            f" ({error.strerror})"
+        ) from error
+
+
+def _parse(path: str, content: bytes) -> "tokenizers.Tokenizer":
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError(
+            f"data.tokenizer={path!r} needs the tokenizers package:"
+            ' pip install "sparseformer_jax[hf]"'
+        ) from error
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the package raises nothing narrower
+        raise ConfigError(
+            f"data.tokenizer={path!r} is no Hugging Face tokenizer.json: {error}"
+        ) from error
