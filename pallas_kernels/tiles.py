@@ -1,0 +1,173 @@
+"""Tile arithmetic behind `BlockMask`: the tiles a rule touches, compacted into lists.
+
+Every function takes numpy arrays (tables built on the host) and traced ones (a traced
+offset or selection): the namespace follows the arguments, so there is one
+implementation of each.
+"""
+
+import dataclasses
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.rules import Rule
+
+Offset = int | np.integer | Int[np.ndarray, ""] | Int[Array, ""]
+Mask = Bool[np.ndarray, "..."] | Bool[Array, "..."]
+Indices = Int[np.ndarray, "..."] | Int[Array, "..."]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Lengths and tile sizes in tokens, and the limits that hold for every pair.
+
+    Attributes:
+        query_length: T.
+        key_length: S.
+        query_block_size: tokens in a query tile.
+        key_block_size: tokens in a key tile.
+        is_causal: pairs have j <= i.
+        window_size: pairs have |i - j| < window_size, if given.
+
+    Raises:
+        ValueError: a length or size is not positive.
+    """
+
+    query_length: int
+    key_length: int
+    query_block_size: int
+    key_block_size: int
+    is_causal: bool
+    window_size: int | None
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name != "is_causal" and value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+    @property
+    def query_blocks(self) -> int:
+        """M; the last tile may be ragged."""
+        return -(-self.query_length // self.query_block_size)
+
+    @property
+    def key_blocks(self) -> int:
+        """J; the last tile may be ragged."""
+        return -(-self.key_length // self.key_block_size)
+
+    @property
+    def default_offset(self) -> int:
+        """S - T: the last query sits on the last key."""
+        return self.key_length - self.query_length
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Smallest and largest i - j of a visible pair."""
+        unlimited = 2**30  # Far beyond any length, and int32 sums stay clear of 2^31.
+        back = unlimited if self.window_size is None else self.window_size - 1
+        return (0 if self.is_causal else -back), back
+
+    def pairs(self, query_position: Indices, key_position: Indices) -> Mask:
+        """Returns which pairs causality and the window allow; arguments broadcast."""
+        least, most = self.reach
+        distance = query_position - key_position
+        return (distance >= least) & (distance <= most)
+
+
+def namespace(array: object) -> ModuleType:
+    """Returns jax.numpy for a jax array, else numpy."""
+    return jnp if isinstance(array, jax.Array) else np
+
+
+def as_scalar(offset: Offset) -> Int[np.ndarray, ""] | Int[Array, ""]:
+    """Returns the offset as an int32 array, on the host when it is static."""
+    return namespace(offset).asarray(offset, np.int32)
+
+
+def rule_pairs(
+    rule: Rule | None, head: Indices, query_position: Indices, key_position: Indices
+) -> Mask | np.bool_:
+    """Returns which pairs the rule allows; None allows all. Arguments broadcast."""
+    if rule is None or rule.block_size is None:
+        return np.True_
+    size = rule.block_size
+    return rule.visible(head, query_position // size, key_position // size)
+
+
+def rule_tiles(rule: Rule, geometry: Geometry, offset: Offset) -> tuple[Mask, Mask, bool]:
+    """Returns (active, full, is_uniform): [Hp, M, J] twice, and a fact about all tiles.
+
+    A tile is cut into granules, the rule's blocks clipped to it. On a pair of granules
+    the rule is constant and i - j covers an interval, so "some pair is visible" and
+    "all pairs are" come out exactly without looking at tokens.
+
+    active: some pair of the tile is visible.
+    full: all are, and the tile does not stick out at the end.
+    is_uniform: the rule is known to be constant on the pairs of every active tile.
+    """
+    xp = namespace(offset)
+    query_low, query_high = _granules(
+        geometry.query_length, geometry.query_block_size, rule, offset
+    )
+    query_low, query_high = query_low[:, :, None, None], query_high[:, :, None, None]
+    key_low, key_high = _granules(geometry.key_length, geometry.key_block_size, rule, 0)
+    least, most = geometry.reach
+    some = (query_high - key_low >= least) & (query_low - key_high <= most)
+    every = (query_low - key_high >= least) & (query_high - key_low <= most)
+    heads = np.arange(rule.pattern_heads, dtype=np.int32)[:, None, None, None, None]
+    allowed = rule_pairs(rule, heads, query_low, key_low)
+    allowed = xp.broadcast_to(allowed, (rule.pattern_heads, *some.shape))
+    granules = (-3, -1)
+    active = (allowed & some).any(granules)
+    full = (allowed & every).all(granules) & _whole_tiles(geometry)
+    is_uniform = rule.block_size is None
+    if xp is np and not is_uniform:
+        is_uniform = bool((allowed | ~some).all(granules)[active].all())
+    return active, full, is_uniform
+
+
+def compact(kinds: Indices) -> tuple[Indices, Indices, Indices]:
+    """Returns (counts, indices, kinds) of the nonzero entries along the last axis.
+
+    Indices ascend and repeat the last valid one past the count. Their number is that
+    of the longest list on the host, the whole axis for traced values.
+    """
+    xp = namespace(kinds)
+    counts = (kinds > 0).sum(-1).astype(np.int32)
+    capacity = max(1, int(counts.max())) if xp is np else kinds.shape[-1]
+    order = xp.argsort(kinds == 0, axis=-1, stable=True)[..., :capacity]
+    slot = xp.minimum(xp.arange(capacity), xp.maximum(counts[..., None] - 1, 0))
+    indices = xp.take_along_axis(order, slot, axis=-1).astype(np.int32)
+    return counts, indices, xp.take_along_axis(kinds, indices, axis=-1)
+
+
+def _granules(length: int, tile: int, rule: Rule, offset: Offset) -> tuple[Indices, Indices]:
+    """First and last position of each granule, [tiles, granules of the longest].
+
+    Tiles with fewer granules repeat their last.
+    """
+    starts = np.arange(0, length, tile, dtype=np.int32)
+    stops = np.minimum(starts + tile, length).astype(np.int32)
+    first, last = starts + as_scalar(offset), stops - 1 + as_scalar(offset)
+    size = rule.block_size
+    if size is None:
+        return first[:, None], last[:, None]
+    xp = namespace(offset)
+    if xp is np:
+        count = int((last // size - first // size).max()) + 1
+    else:  # What a tile can touch wherever it starts.
+        count = (min(tile, length) + size - 2) // size + 1
+    block = first[:, None] // size + np.arange(count, dtype=np.int32)
+    block = xp.minimum(block, last[:, None] // size)
+    low = xp.maximum(block * size, first[:, None])
+    return low, xp.minimum(block * size + size - 1, last[:, None])
+
+
+def _whole_tiles(geometry: Geometry) -> Bool[np.ndarray, "M J"]:
+    """False where a tile sticks out of the queries or the keys."""
+    query = np.arange(1, geometry.query_blocks + 1) * geometry.query_block_size
+    key = np.arange(1, geometry.key_blocks + 1) * geometry.key_block_size
+    return (query <= geometry.query_length)[:, None] & (key <= geometry.key_length)

@@ -1,0 +1,380 @@
+import dataclasses
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import BlockMask, Dense, Local, Strided, block_sparse_attention
+from pallas_kernels.block_sparse_attention import xla
+
+HEAD_DIM = 8
+jitted = jax.jit(
+    block_sparse_attention,
+    static_argnames=("is_causal", "window_size", "implementation"),
+)
+
+
+def random_map(*shape):
+    """A selection of blocks without any order, with rows that see nothing."""
+    block_map = np.random.random(shape) < 0.4
+    block_map[..., 1, :] = False
+    return block_map
+
+
+def arrays(batch, queries, keys, heads, kv_heads, dtype=np.float64):
+    shapes = [(queries, heads), (keys, kv_heads), (keys, kv_heads)]
+    return [
+        jnp.asarray(np.random.standard_normal((batch, *shape, HEAD_DIM)), dtype) for shape in shapes
+    ]
+
+
+def segments(batch, queries, keys):
+    ids = [np.random.randint(0, 3, (batch, n)) for n in (queries, keys)]
+    return tuple(jnp.asarray(np.sort(array, axis=1), jnp.int32) for array in ids)
+
+
+def with_gradients(inputs, block_mask, cotangents=None, **options):
+    """Returns out, lse and the gradients of a random mix of both outputs."""
+    attend = functools.partial(block_sparse_attention, return_lse=True, **options)
+    (out, lse), pull = jax.vjp(lambda *x: attend(*x, block_mask), *inputs)
+    if cotangents is None:
+        rng = np.random.default_rng(1)
+        cotangents = [rng.standard_normal(x.shape) for x in (out, lse)]
+    cotangents = [jnp.asarray(x, y.dtype) for x, y in zip(cotangents, (out, lse), strict=True)]
+    return out, lse, *pull(tuple(cotangents))
+
+
+def assert_agree(results, expected, **tolerance):
+    names = ("out", "lse", "d_query", "d_key", "d_value")
+    for name, one, other in zip(names, results, expected, strict=True):
+        assert not np.isnan(one).any(), name
+        np.testing.assert_allclose(one, other, err_msg=name, **tolerance)
+
+
+def compare(inputs, block_mask, tolerance=1e-12, segment_ids=None, **options):
+    run = jax.jit(
+        lambda inputs, block_mask, segment_ids, name: with_gradients(
+            inputs,
+            block_mask,
+            implementation=name,
+            segment_ids=segment_ids,
+            **options,
+        ),
+        static_argnums=3,
+    )
+    results, expected = (
+        run(inputs, block_mask, segment_ids, name) for name in ("xla", "reference")
+    )
+    assert_agree(results, expected, rtol=tolerance, atol=tolerance)
+    return results
+
+
+def causal_map(shape, queries, keys, size):
+    return BlockMask.from_block_map(random_map(*shape), queries, keys, size, size, is_causal=True)
+
+
+def test_one_pattern_ragged_with_segments():
+    with jax.enable_x64(True):
+        results = compare(
+            arrays(2, 37, 52, 4, 2),
+            causal_map((1, 5, 7), 37, 52, 8),
+            is_causal=True,
+            segment_ids=segments(2, 37, 52),
+        )
+    assert np.isneginf(results[1]).any()
+
+
+def test_pattern_per_kv_head_and_batch_with_soft_cap():
+    with jax.enable_x64(True):
+        block_map = jnp.asarray(random_map(2, 2, 5, 7))
+        block_mask = BlockMask.from_block_map(block_map, 37, 52, 8, 8, is_causal=False)
+        compare(arrays(2, 37, 52, 4, 2), block_mask, is_causal=False, logits_soft_cap=1.5)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_pattern_per_query_head_of_groups(side_by_side, monkeypatch):
+    """Accelerators compute rows of several programs side by side: here too."""
+    if side_by_side:
+        monkeypatch.setattr(xla, "_on_platform", lambda loop, plan, *arrays: loop(plan, *arrays))
+    with jax.enable_x64(True):
+        results = compare(
+            arrays(2, 40, 40, 6, 2),
+            causal_map((6, 5, 5), 40, 40, 8),
+            is_causal=True,
+            window_size=19,
+            scale=0.7,
+        )
+    assert np.isneginf(results[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("rule", "tiles", "queries"),
+    [
+        (Strided(4, 3, num_heads=4, left=2, dense_heads=1), (16, 8), 45),
+        (Local(16, left=2), (8, 16), 30),
+        (Dense(), (16, 16), 45),
+    ],
+    ids=["strided", "local", "dense"],
+)
+def test_rules_in_other_tiles(rule, tiles, queries):
+    with jax.enable_x64(True):
+        block_mask = BlockMask.from_rule(rule, queries, 45, *tiles, is_causal=True)
+        compare(arrays(1, queries, 45, 4, 2), block_mask, is_causal=True)
+
+
+def test_traced_offset_shifts_every_limit():
+    rule = Strided(8, 3, num_heads=2, left=1)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(inputs, offset, name):
+        block_mask = BlockMask.from_rule(rule, 16, 48, 8, 8, is_causal=True, query_offset=offset)
+        return with_gradients(inputs, block_mask, implementation=name, is_causal=True)
+
+    with jax.enable_x64(True):
+        query, key, value = arrays(1, 48, 48, 2, 2)
+        block_mask = BlockMask.from_rule(rule, 48, is_causal=True)
+        whole = jitted(query, key, value, block_mask, is_causal=True)
+        for offset in (0, 13, 32):
+            chunk = (query[:, offset : offset + 16], key, value)
+            results = run(chunk, offset, "xla")
+            assert_agree(results, run(chunk, offset, "reference"), atol=1e-12)
+            np.testing.assert_allclose(results[0], whole[:, offset : offset + 16], atol=1e-12)
+    assert run._cache_size() == 2
+
+
+def test_offset_of_the_call_overrides_that_of_the_mask():
+    inputs = arrays(1, 16, 32, 2, 2, np.float32)
+    everywhere = BlockMask.from_block_map(np.ones((1, 2, 4), bool), 16, 32, 8, 8, is_causal=False)
+    moved = BlockMask.from_rule(
+        Dense(), 16, 32, 8, 8, is_causal=True, query_offset=3, window_size=9
+    )
+    options = {"is_causal": True, "window_size": 9}
+    np.testing.assert_array_equal(
+        jitted(*inputs, everywhere, query_offset=3, **options),
+        jitted(*inputs, moved, **options),
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_small_dtypes(dtype):
+    inputs = arrays(1, 40, 40, 2, 1, dtype)
+    block_mask = BlockMask.from_rule(Local(8, left=2), 40, is_causal=True)
+    tolerance = 8 * float(jnp.finfo(dtype).eps)
+    results = compare(inputs, block_mask, is_causal=True, tolerance=tolerance, window_size=12)
+    assert [x.dtype for x in results] == [dtype, jnp.float32, dtype, dtype, dtype]
+
+
+def test_mask_that_lists_nothing():
+    nothing = np.zeros((1, 2, 2), bool)
+    block_mask = BlockMask.from_block_map(nothing, 16, 16, 8, 8, is_causal=True)
+    run = jax.jit(lambda inputs: with_gradients(inputs, block_mask, is_causal=True))
+    out, lse, *grads = run(arrays(1, 16, 16, 2, 2, np.float32))
+    assert np.isneginf(lse).all()
+    for array in (out, *grads):
+        np.testing.assert_array_equal(array, 0)
+
+
+@pytest.mark.parametrize(("size", "block_size"), [(1e4, 8), (1e37, 5)])
+def test_the_future_changes_nothing_before_it(size, block_size):
+    length, present = 32, 19
+    rule = Strided(block_size, 2, num_heads=2)
+    block_mask = BlockMask.from_rule(rule, length, is_causal=True)
+    inputs = arrays(1, length, length, 2, 2, np.float32)
+    cotangents = [np.random.standard_normal(x) for x in ((1, 32, 2, 8), (1, 32, 2))]
+    for cotangent in cotangents:
+        cotangent[:, present:] = 0
+    run = jax.jit(lambda inputs: with_gradients(inputs, block_mask, cotangents, is_causal=True))
+    # Finite scores among the perturbed themselves, whatever their size.
+    future = [x.at[:, present:].set(s) for x, s in zip(inputs, (0, size, size), strict=True)]
+    for before, after in zip(run(inputs), run(future), strict=True):
+        np.testing.assert_array_equal(before[:, :present], after[:, :present])
+
+
+def test_segments_do_not_see_each_other():
+    length, first = 32, 13
+    ids = jnp.asarray(np.arange(length)[None] >= first, jnp.int32)
+    block_mask = BlockMask.from_rule(Local(8, left=2, right=2), length, is_causal=False)
+    inputs = arrays(1, length, length, 2, 1, np.float32)
+    run = jax.jit(
+        lambda inputs: with_gradients(inputs, block_mask, is_causal=False, segment_ids=(ids, ids))
+    )
+    other = [x.at[:, first:].multiply(100.0) for x in inputs]
+    for before, after in zip(run(inputs), run(other), strict=True):
+        np.testing.assert_array_equal(before[:, :first], after[:, :first])
+
+
+def test_masks_of_one_shape_share_a_compilation():
+    inputs = arrays(1, 32, 32, 2, 2, np.float32)
+    run = jax.jit(
+        lambda inputs, block_mask: block_sparse_attention(*inputs, block_mask, is_causal=True)
+    )
+    for _ in range(3):
+        block_map = random_map(2, 4, 4)
+        block_map[..., 3, :] = block_map[..., 0] = True
+        run(
+            inputs,
+            BlockMask.from_block_map(block_map, 32, 32, 8, 8, is_causal=True),
+        )
+    assert run._cache_size() == 1
+
+
+def test_vmap_over_arrays_and_masks_and_remat():
+    maps = jnp.asarray(np.stack([random_map(2, 4, 4) for _ in range(3)]))
+    stacked = [
+        jnp.stack(x)
+        for x in zip(*(arrays(1, 30, 30, 2, 2, np.float32) for _ in range(3)), strict=True)
+    ]
+
+    @jax.checkpoint
+    def attend(block_map, *inputs):
+        block_mask = BlockMask.from_block_map(block_map, 30, 30, 8, 8, is_causal=True)
+        return block_sparse_attention(*inputs, block_mask, is_causal=True)
+
+    def loss(block_map, *inputs):
+        return jnp.sum(jnp.square(attend(block_map, *inputs)))
+
+    gradient = jax.grad(loss, (1, 2, 3))
+    together = jax.jit(jax.vmap(gradient))(maps, *stacked)
+    one_by_one = jax.jit(lambda *x: jax.lax.map(lambda y: gradient(*y), x))
+    for one, other in zip(together, one_by_one(maps, *stacked), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_shard_map_over_batch_and_heads():
+    inputs = arrays(2, 40, 40, 4, 2, np.float32)
+    block_mask = causal_map((4, 5, 5), 40, 40, 8)
+    automatic = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=automatic)
+    # Tables follow the heads, and all devices share the offset.
+    tables = dataclasses.replace(
+        jax.tree.map(lambda _: jax.P("tensor"), block_mask), query_offset=jax.P()
+    )
+    spec = jax.P("data", None, "tensor")
+
+    def attend(block_mask, *inputs):
+        return block_sparse_attention(*inputs, block_mask, is_causal=True)
+
+    sharded = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(tables, spec, spec, spec),
+        out_specs=spec,
+        check_vma=False,
+    )
+
+    def gradients(attend):
+        def loss(inputs):
+            return jnp.sum(jnp.sin(attend(block_mask, *inputs)))
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    (one, one_grads), (other, other_grads) = (
+        gradients(function)(tuple(inputs)) for function in (attend, sharded)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    for a, b in zip(one_grads, other_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rule", [Dense(), Local(256), Strided(64, 16, num_heads=2, left=4)], ids=str
+)
+def test_memory_grows_with_tokens(rule):
+    def temporary(length):
+        block_mask = BlockMask.from_rule(rule, length, is_causal=True)
+        array = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
+        run = jax.jit(
+            lambda q, k, v, block_mask: with_gradients(
+                (q, k, v),
+                block_mask,
+                (jnp.ones(q.shape), jnp.ones(q.shape[:3])),
+                is_causal=True,
+            )
+        )
+        compiled = run.lower(array, array, array, block_mask).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(4096), temporary(16384)
+    assert long < 16384**2
+    assert long < 4.5 * short
+
+
+def test_several_implementations_in_order():
+    inputs = arrays(1, 16, 16, 2, 2, np.float32)
+    block_mask = BlockMask.from_rule(Local(8), 16, is_causal=True)
+    attend = functools.partial(jitted, *inputs, block_mask, is_causal=True)
+    for several, first in ((("reference", "xla"), "reference"), (None, "xla")):
+        np.testing.assert_array_equal(attend(implementation=several), attend(implementation=first))
+
+
+def zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+BAD_CALLS = {
+    "query has shape .*pass \\[batch, length": {"query": zeros(16, 2, 8)},
+    "key is bfloat16, query float32: cast": {"key": zeros(1, 16, 2, 8, dtype=jnp.bfloat16)},
+    "value has shape": {"value": zeros(1, 15, 2, 8)},
+    "key heads that divide": {"query": zeros(1, 16, 3, 8)},
+    "block_mask was built for 16 queries": {"query": zeros(1, 9, 2, 8)},
+    "block_mask has 3 pattern heads": {"block_mask": random_map(3, 2, 2)},
+    "block_mask has batch 5": {"block_mask": random_map(5, 2, 2, 2)},
+    "segment_ids are \\(int32\\[1, 9\\]": {"segment_ids": (zeros(1, 9, dtype=jnp.int32),) * 2},
+    "segment_ids are \\(float32": {"segment_ids": (zeros(1, 16),) * 2},
+    "is_causal=False, but block_mask was built": {"is_causal": False},
+    "window_size=None is wider than the 4": {"window_size": None},
+    "logits_soft_cap=0.0 must be positive": {"logits_soft_cap": 0.0},
+    "implementation='cuda' must name one": {"implementation": "cuda"},
+    "implementation=\\(\\) must name one": {"implementation": ()},
+}
+
+
+@pytest.mark.parametrize(("message", "change"), BAD_CALLS.items(), ids=BAD_CALLS)
+def test_bad_input(message, change):
+    array = zeros(1, 16, 2, 8)
+    arguments = {
+        "query": array,
+        "key": array,
+        "value": array,
+        "block_mask": random_map(1, 2, 2),
+        "is_causal": True,
+        "window_size": 4,
+    } | change
+    arguments["block_mask"] = BlockMask.from_block_map(
+        arguments["block_mask"], 16, 16, 8, 8, is_causal=True, window_size=4
+    )
+    # Without the checks of types and shapes that only tests switch on.
+    attend = inspect.unwrap(block_sparse_attention)
+    with pytest.raises(ValueError, match=message):
+        attend(**arguments)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("seed", range(4))
+def test_torch_agrees(seed):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(seed)
+    queries, keys = (int(n) for n in rng.integers(20, 60, 2))
+    rule = Strided(8, int(rng.integers(1, 5)), num_heads=4, left=int(rng.integers(1, 4)))
+    block_mask = BlockMask.from_rule(rule, queries, keys, is_causal=True)
+    inputs = arrays(2, queries, keys, 4, 2, np.float32)
+    results = with_gradients(inputs, block_mask, is_causal=True)
+
+    theirs = [torch.tensor(np.asarray(x)).transpose(1, 2).requires_grad_() for x in inputs]
+    mask = torch.tensor(np.asarray(block_mask.to_dense()))
+    visible = mask.any(-1, keepdim=True)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *theirs, attn_mask=mask | ~visible, enable_gqa=True
+    )
+    out = torch.where(visible, out, 0.0)
+    d_out = np.random.default_rng(1).standard_normal(results[0].shape)
+    d_out = torch.tensor(d_out, dtype=torch.float32).transpose(1, 2)
+    out.backward(d_out)
+    ours = jax.vjp(lambda *x: block_sparse_attention(*x, block_mask, is_causal=True), *inputs)[1](
+        jnp.asarray(d_out.transpose(1, 2).numpy())
+    )
+    for one, other in zip((results[0], *ours), (out, *(x.grad for x in theirs)), strict=True):
+        np.testing.assert_allclose(one, other.detach().transpose(1, 2).numpy(), atol=2e-5)
