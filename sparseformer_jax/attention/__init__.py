@@ -1,0 +1,1 @@
+"""Attention methods, a module each; base.py says what a method overrides."""

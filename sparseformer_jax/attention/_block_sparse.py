@@ -1,0 +1,158 @@
+"""Attention whose pattern is a closed-form rule over blocks of tokens."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import BlockMask, block_sparse_attention
+from pallas_kernels.rules import Rule
+from sparseformer_jax.attention.base import Attention, AttentionOutput, SegmentIds, Shard
+from sparseformer_jax.checks import ConfigError
+
+
+class BlockSparseAttention(Attention):
+    """Attention by `rule`, through `pallas_kernels.block_sparse_attention`.
+
+    A method overrides `rule`, and `window_size` where the rule reads tokens.
+    """
+
+    def rule(self) -> Rule:
+        """Returns the rule of all heads over the whole sequence."""
+        raise NotImplementedError
+
+    @property
+    def window_size(self) -> int | None:
+        """Tokens a query sees, itself counted; None: no such limit."""
+        return None
+
+    def density(self, seq_len: int) -> float:
+        """Returns attended pairs divided by those of full attention, exactly."""
+        mask = self._mask(seq_len, seq_len, 0)
+        farthest = min(self.window_size or seq_len, seq_len) - 1
+        nearest = 0 if self.config.is_causal else -farthest
+        query_ends, key_ends = (
+            np.append(np.arange(0, seq_len, size), seq_len)
+            for size in (mask.query_block_size, mask.key_block_size)
+        )
+        pairs = _pairs(query_ends, key_ends, nearest)
+        pairs -= _pairs(query_ends, key_ends, farthest + 1)
+        pairs = np.diff(np.diff(pairs, axis=0), axis=1)  # of every block
+        slots = np.arange(mask.kv_indices.shape[-1])
+        listed = slots < mask.kv_counts[..., None]
+        attended = pairs[np.arange(len(pairs))[:, None], mask.kv_indices]
+        full = seq_len * (seq_len + 1) // 2 if self.config.is_causal else seq_len**2
+        return float((attended * listed).sum() / (len(mask.kv_counts) * full))
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B S K H"],
+        value: Float[Array, "B S K H"],
+        segment_ids: SegmentIds | None,
+        shard: Shard,
+        rng: jax.Array | None,
+    ) -> AttentionOutput:
+        """Returns attention over the active blocks, with the density of the pattern."""
+        block_mask = self._local_mask(query.shape[1], key.shape[1], query.shape[2], shard)
+        output = self._attend_blocks(query, key, value, block_mask, segment_ids)
+        return AttentionOutput(output, diagnostics=self._diagnostics(key.shape[1]))
+
+    def _attend_blocks(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        block_mask: BlockMask,
+        segment_ids: SegmentIds | None,
+    ) -> Any:
+        """Calls the kernel with what the model and the options say of it."""
+        return block_sparse_attention(
+            query,
+            key,
+            value,
+            block_mask,
+            is_causal=block_mask.is_causal,
+            window_size=block_mask.window_size,
+            segment_ids=segment_ids,
+            scale=self.config.scale,
+            logits_soft_cap=self.config.attention_soft_cap,
+            implementation=self.options.implementation,
+        )
+
+    def _diagnostics(self, seq_len: int) -> dict[str, jax.Array]:
+        return {"density": jnp.asarray(self.density(seq_len), jnp.float32)}
+
+    def _mask(self, num_queries: int, num_keys: int, offset: int | jax.Array) -> BlockMask:
+        """The mask of all heads for queries that start at an offset."""
+        limits = (self.config.is_causal, self.window_size)
+        if isinstance(offset, int):
+            return _static_mask(self.rule(), num_queries, num_keys, offset, *limits)
+        return _make_mask(self.rule(), num_queries, num_keys, offset, *limits)
+
+    def _local_mask(
+        self, num_queries: int, num_keys: int, num_heads: int, shard: Shard
+    ) -> BlockMask:
+        """The mask of this device's queries and heads."""
+        mask = self._mask(num_queries, num_keys, shard.query_offset)
+        pattern_heads = mask.kv_counts.shape[0]
+        if pattern_heads == 1 or num_heads == shard.num_heads:
+            return mask
+        size = mask.query_block_size
+        block_size = self.rule().block_size or size
+        # A map of tiles says it all only where no tile crosses a block's border.
+        if num_queries % size or block_size % size:
+            raise ConfigError(
+                f"mesh.context leaves {num_queries} queries to a device, which attention blocks "
+                f"of {block_size} tokens do not divide; take fewer devices or smaller blocks"
+            )
+        local_heads = pattern_heads * num_heads // shard.num_heads
+        first = shard.head_offset * pattern_heads // shard.num_heads
+        return BlockMask.from_block_map(
+            jax.lax.dynamic_slice_in_dim(mask.block_map(), first, local_heads, axis=0),
+            num_queries,
+            num_keys,
+            size,
+            mask.key_block_size,
+            is_causal=self.config.is_causal,
+            window_size=self.window_size,
+            query_offset=shard.query_offset,
+        )
+
+
+def _make_mask(
+    rule: Rule,
+    num_queries: int,
+    num_keys: int,
+    offset: int | jax.Array,
+    is_causal: bool,
+    window_size: int | None,
+) -> BlockMask:
+    return BlockMask.from_rule(
+        rule,
+        num_queries,
+        num_keys,
+        is_causal=is_causal,
+        window_size=window_size,
+        query_offset=offset,
+    )
+
+
+# Tables of a static mask are made on the host, once for all layers and traces.
+_static_mask = functools.lru_cache(maxsize=64)(_make_mask)
+
+
+def _pairs(query_ends: np.ndarray, key_ends: np.ndarray, distance: int) -> np.ndarray:
+    """Pairs with i < query_ends[m], j < key_ends[n] and i - j >= distance."""
+
+    def triangle(n: np.ndarray) -> np.ndarray:
+        n = np.maximum(n, 0)
+        return n * (n + 1) // 2
+
+    # Query i has max(0, i - distance + 1) such keys, but for those past the end.
+    nearest = np.stack(np.broadcast_arrays(distance, distance + key_ends))[:, None, :]
+    keys, beyond = triangle(query_ends[:, None] - nearest) - triangle(-nearest)
+    return keys - beyond

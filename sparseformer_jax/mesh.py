@@ -1,0 +1,121 @@
+"""The device mesh, and the one table that maps logical axis names to its axes."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis of a parameter or an activation -> mesh axes that divide it. "embed"
+# is the residual width of a parameter; activations keep theirs whole (None).
+LOGICAL_AXES: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "batch": ("data", "fsdp"),
+    "seq": ("context",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def make_mesh(
+    sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+) -> jax.sharding.Mesh:
+    """Returns the mesh of the given axis sizes, all axes explicit; over all devices if None.
+
+    Axes come in the order of `AXES`, so neighbouring devices share `context` and
+    `tensor`, whose traffic is heaviest.
+
+    Raises:
+      ValueError: an axis is unknown, or the sizes do not multiply to the devices.
+    """
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise ValueError(f"mesh axes {unknown} are unknown; choose from {AXES}")
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    devices = jax.devices() if devices is None else devices
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices; "
+            f"there are {len(devices)}"
+        )
+    types = (AxisType.Explicit,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """Returns the partition of an array whose dimensions have these logical names.
+
+    Raises:
+      ValueError: a name is unknown, or two dimensions want the same mesh axis.
+    """
+    used: list[str] = []
+    entries: list[str | tuple[str, ...] | None] = []
+    for axis in axes:
+        if axis not in LOGICAL_AXES:
+            raise ValueError(f"logical axis {axis!r} is unknown; known: {list(LOGICAL_AXES)}")
+        mesh_axes = LOGICAL_AXES[axis]
+        collision = set(mesh_axes) & set(used)
+        if collision:
+            raise ValueError(f"logical axes {axes} use mesh axis {collision.pop()!r} twice")
+        used += mesh_axes
+        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+    return PartitionSpec(*entries)
+
+
+def is_active() -> bool:
+    """Returns whether the current mesh is one of `make_mesh`, with explicit axes.
+
+    Without one, and under `jax.sharding.auto_axes`, modules run unannotated.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.axis_names == AXES and all(t == AxisType.Explicit for t in mesh.axis_types)
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Returns `x` divided by the logical names of its dimensions, if a mesh is active."""
+    return jax.reshard(x, spec(*axes)) if is_active() else x
+
+
+def gathered_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """Returns the axes of a parameter in use: whole along `embed`, as FSDP gathers it."""
+    return tuple(None if axis == "embed" else axis for axis in axes)
+
+
+def initialize_distributed(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins this process to the others of a run on several hosts.
+
+    Without arguments the cluster environment (TPU pod, Slurm, MPI, Kubernetes) tells;
+    where there is none, the run stays on this host.
+
+    Raises:
+      ValueError: only some of the three arguments are given.
+    """
+    given = [a is not None for a in (coordinator_address, num_processes, process_id)]
+    if all(given):
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    elif any(given):
+        raise ValueError(
+            "coordinator_address, num_processes and process_id go together; "
+            f"got {coordinator_address!r}, {num_processes!r}, {process_id!r}"
+        )
+    else:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # what jax says where no cluster names a coordinator
+            if "coordinator_address" not in str(error):
+                raise
+
+
+def is_primary() -> bool:
+    """Returns whether this process writes logs and small files for all."""
+    return jax.process_index() == 0

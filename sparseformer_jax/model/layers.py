@@ -1,0 +1,185 @@
+"""The small modules every block is made of: projections, norms, embeddings, MLP."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from sparseformer_jax import mesh
+from sparseformer_jax.model.config import ModelConfig
+
+Axes = tuple[str | None, ...]
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "swiglu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Projection(nnx.Module):
+    """A linear map over the last dimensions, y = x W + b, gathered over `fsdp` when used.
+
+    The kernel has shape [*in_shape, *out_shape] and starts as a normal of standard
+    deviation init_scale / sqrt(prod(in_shape)).
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        axes: Axes,
+        config: ModelConfig,
+        *,
+        use_bias: bool,
+        init_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.in_dims = len(in_shape)
+        self.param_dtype, self.dtype = config.dtypes
+        stddev = init_scale / math.sqrt(math.prod(in_shape))
+        kernel = stddev * jax.random.normal(rngs.params(), in_shape + out_shape, self.param_dtype)
+        self.kernel = nnx.Param(kernel, axes=axes, in_dims=self.in_dims)
+        bias_axes = axes[self.in_dims :]
+        bias = jnp.zeros(out_shape, self.param_dtype)
+        self.bias = nnx.Param(bias, axes=bias_axes) if use_bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns y of shape [*x.shape[:-len(in_shape)], *out_shape]."""
+        axes = mesh.gathered_axes(self.kernel.axes)
+        kernel = mesh.shard(self.kernel[...].astype(self.dtype), *axes)
+        out_axes = axes[self.in_dims :]
+        batch_dims = x.ndim - self.in_dims
+        contract = (tuple(range(batch_dims, x.ndim)), tuple(range(self.in_dims)))
+        out_sharding = None
+        if mesh.is_active():
+            out_sharding = mesh.spec(*("batch", "seq", None)[:batch_dims], *out_axes)
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), kernel, (contract, ((), ())), out_sharding=out_sharding
+        )
+        if self.bias is not None:
+            y += mesh.shard(self.bias[...].astype(self.dtype), *mesh.gathered_axes(self.bias.axes))
+        return y
+
+
+class Norm(nnx.Module):
+    """RMSNorm, x / rms(x) * scale, or LayerNorm, (x - mean(x)) / std(x) * scale + bias.
+
+    Computed in float32 over the last dimension. Zhang & Sennrich 2019; Ba et al. 2016.
+    """
+
+    def __init__(self, size: int, kind: str, config: ModelConfig) -> None:
+        self.centered = kind == "layernorm"
+        self.eps = config.norm_eps
+        param_dtype, self.dtype = config.dtypes
+        self.scale = nnx.Param(jnp.ones(size, param_dtype), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(size, param_dtype), axes=(None,)) if self.centered else None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns the normalised x in the compute dtype."""
+        y = x.astype(jnp.float32)
+        if self.centered:
+            y -= jnp.mean(y, axis=-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y *= self.scale[...].astype(jnp.float32)
+        if self.bias is not None:
+            y += self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors [size, D], looked up by index."""
+
+    def __init__(self, size: int, axes: Axes, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        param_dtype, self.dtype = config.dtypes
+        table = 0.02 * jax.random.normal(rngs.params(), (size, config.embed_dim), param_dtype)
+        self.table = nnx.Param(table, axes=axes)
+
+    def __call__(self, indices: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns the rows of the table at the indices."""
+        table = mesh.shard(self.table[...].astype(self.dtype), None, None)
+        out_sharding = mesh.spec("batch", "seq", None) if mesh.is_active() else None
+        return table.at[indices].get(out_sharding=out_sharding)
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns the logits x E^T of a table tied to the output."""
+        axes = mesh.gathered_axes(self.table.axes)
+        table = mesh.shard(self.table[...].astype(self.dtype), *axes)
+        return jnp.einsum("btd,vd->btv", x, table)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU, (silu(x W_g) * x W_u) W_d (Shazeer 2020), or gelu(x W_u) W_d."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        def up() -> Projection:
+            return Projection(
+                (config.embed_dim,),
+                (config.mlp_dim,),
+                ("embed", "mlp"),
+                config,
+                use_bias=config.mlp_bias,
+                rngs=rngs,
+            )
+
+        self.activation = config.mlp
+        self.gate = up() if config.mlp == "swiglu" else None
+        self.up = up()
+        self.down = Projection(
+            (config.mlp_dim,),
+            (config.embed_dim,),
+            ("mlp", "embed"),
+            config,
+            use_bias=config.mlp_bias,
+            init_scale=residual_scale(config),
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the MLP of every position."""
+        activation = ACTIVATIONS[self.activation]
+        hidden = self.up(x)
+        if self.gate is None:
+            return self.down(activation(hidden))
+        return self.down(activation(self.gate(x)) * hidden)
+
+
+def residual_scale(config: ModelConfig) -> float:
+    """Returns 1/sqrt(2L), which keeps the variance of the residual stream (GPT-2)."""
+    return (2 * config.num_layers) ** -0.5
+
+
+def rotary(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
+) -> Float[Array, "B T N H"]:
+    """Returns x with its two halves rotated by positions * theta^(-2i/H).
+
+    Source: Su et al. 2021 (RoFormer), section 3.2, in the half-split layout of Llama.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def dropout(x: Float[Array, "*S"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*S"]:
+    """Returns x with each entry zeroed at the rate and the rest scaled up; x without a key.
+
+    The mask does not depend on how x is sharded.
+    """
+    if key is None or rate == 0.0:
+        return x
+    out_sharding = jax.typeof(x).sharding if mesh.is_active() else None
+    kept = jax.random.uniform(key, x.shape, out_sharding=out_sharding) >= rate
+    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def soft_cap(logits: Float[Array, "*S"], cap: float | None) -> Float[Array, "*S"]:
+    """Returns cap * tanh(logits / cap), or the logits where no cap is set (Gemma 2)."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -1,0 +1,147 @@
+"""The transformer: embedding, scanned stacks of blocks, output head."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from sparseformer_jax import mesh
+from sparseformer_jax.attention.base import Attention
+from sparseformer_jax.model.config import ModelConfig
+from sparseformer_jax.model.layers import Embedding, Mlp, Norm, Projection, dropout, soft_cap
+from sparseformer_jax.model.stack import LayerStack, Reports, group_layers, join_reports
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelOutput:
+    """What a transformer returns.
+
+    Attributes:
+      logits: [B, T, V], of the next token, or of the same one when not causal.
+      losses: auxiliary losses by name, scalars summed over layers.
+      diagnostics: by name, one number for each layer that reports it, in layer order.
+    """
+
+    logits: Any
+    losses: dict[str, Any]
+    diagnostics: dict[str, Any]
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, config: ModelConfig, attention: type[Attention], options: Any, *, rngs: nnx.Rngs
+    ) -> None:
+        self.dropout = config.dropout
+        self.attention_norm = Norm(config.embed_dim, config.norm, config)
+        self.attention = attention(config, options, rngs=rngs)
+        self.mlp_norm = Norm(config.embed_dim, config.norm, config)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        rng: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "B T D"], Reports]:
+        """Returns the residual stream after the block, and what attention reported."""
+        rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
+        attended = self.attention(self.attention_norm(x), positions, segment_ids, rng=rngs[0])
+        x = x + dropout(attended.output, self.dropout, rngs[1])
+        x = x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, rngs[2])
+        return x, (attended.losses, attended.diagnostics)
+
+
+class Transformer(nnx.Module):
+    """A decoder, or an encoder when `config.is_causal` is False, with the given attention.
+
+    Raises:
+      ValueError: `position` is "learned" and a sequence is longer than `max_positions`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, attention: type[Attention], options: Any, *, rngs: nnx.Rngs
+    ) -> None:
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, ("vocab", "embed"), config, rngs=rngs)
+        self.position_embedding = (
+            Embedding(config.max_positions, (None, "embed"), config, rngs=rngs)
+            if config.position == "learned"
+            else None
+        )
+        kinds = attention.layer_kinds(options, config.num_layers)
+        self.stacks = nnx.List(
+            [
+                LayerStack(
+                    [functools.partial(Block, config, *kind) for kind in unit],
+                    repeats,
+                    config.remat,
+                    rngs=rngs,
+                )
+                for unit, repeats in group_layers(kinds)
+            ]
+        )
+        self.final_norm = Norm(config.embed_dim, config.norm, config)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else Projection(
+                (config.embed_dim,),
+                (config.vocab_size,),
+                ("embed", "vocab"),
+                config,
+                use_bias=False,
+                rngs=rngs,
+            )
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        rng: Key[Array, ""] | None = None,
+    ) -> ModelOutput:
+        """Returns logits, auxiliary losses and diagnostics.
+
+        Args:
+          tokens: token ids.
+          positions: of each token in its document; None: 0, 1, ..., T-1.
+          segment_ids: document of each token, which attention does not leave; None: one.
+          rng: randomness for training; None: no dropout.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = mesh.shard(positions, "batch", "seq")
+        rngs = [None] * (1 + len(self.stacks))
+        if rng is not None:
+            rngs = list(jax.random.split(rng, len(rngs)))
+        x = dropout(self._embed(tokens, positions), self.config.dropout, rngs[0])
+        reports = []
+        for stack, stack_rng in zip(self.stacks, rngs[1:], strict=True):
+            x, report = stack(x, positions, segment_ids, stack_rng)
+            reports.append(report)
+        return ModelOutput(self._logits(self.final_norm(x)), *join_reports(reports))
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.embedding(tokens)
+        if self.position_embedding is None:
+            return x
+        if tokens.shape[1] > self.config.max_positions:
+            raise ValueError(
+                f"a sequence of {tokens.shape[1]} tokens exceeds "
+                f"model.max_positions={self.config.max_positions}"
+            )
+        return x + self.position_embedding(positions)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        logits = self.embedding.attend(x) if self.head is None else self.head(x)
+        return soft_cap(logits.astype(self.config.softmax_dtype), self.config.logits_soft_cap)

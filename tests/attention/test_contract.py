@@ -1,0 +1,324 @@
+"""What every attention method keeps to, new ones too: this walks their folder.
+
+A method is tested at the "tiny" size of its config. Its own test module names in
+DENSE_OPTIONS the options with which it does no more than dense attention does.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import runpy
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparseformer_jax import mesh, registry
+from sparseformer_jax.attention import dense
+from sparseformer_jax.build import make_model
+from sparseformer_jax.model.config import ModelConfig
+from sparseformer_jax.model.loss import cross_entropy
+from sparseformer_jax.training.state import ModelDef
+from tests.model.harness import (
+    assert_close,
+    attention_weights,
+    layers,
+    normal,
+    packed,
+    put,
+    quick_jit,
+    random_parameter,
+    randomized,
+)
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+ROWS = 8
+HUGE = 1e15
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"context": 2, "fsdp": 4},
+    {"tensor": 2, "context": 2, "fsdp": 2},
+]
+
+
+def forward(model_def, params, batch, rng=None):
+    model = model_def.merge(params)
+    return model(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
+
+
+def total_loss(model_def, params, batch):
+    output = forward(model_def, params, batch)
+    nll, _ = cross_entropy(output.logits, batch["targets"], batch["weights"])
+    return nll / jnp.sum(batch["weights"]) + sum(output.losses.values())
+
+
+@dataclasses.dataclass
+class Subject:
+    """A method's tiny model, its parameters and a batch of packed documents."""
+
+    config: Any
+    batch: dict[str, Any]
+
+    @functools.cached_property
+    def model_def(self):
+        return ModelDef(self.config)
+
+    @functools.cached_property
+    def params(self):
+        variables = self.model_def.variables
+        return {name: random_parameter(name, v.shape) for name, v in variables.items()}
+
+    @functools.cached_property
+    def forward(self):
+        return jax.jit(functools.partial(forward, self.model_def))
+
+    @functools.cached_property
+    def loss_and_gradients(self):
+        return self.gradients_of(self.config, self.params, self.batch)
+
+    @staticmethod
+    def gradients_of(config, params, batch):
+        loss = functools.partial(total_loss, ModelDef(config))
+        return jax.device_get(quick_jit(jax.value_and_grad(loss))(params, batch))
+
+    def changed(self, **model):
+        config = self.config.copy_and_resolve_references()
+        config.model.update(model)
+        return config
+
+    @functools.cached_property
+    def attention_inputs(self):
+        shape = (*self.batch["inputs"].shape, self.config.model.embed_dim)
+        x = jnp.asarray(normal(0, *shape))
+        return x, self.batch["positions"], self.batch["segment_ids"]
+
+    @staticmethod
+    @jax.jit
+    def run(attention, x, positions, segment_ids):
+        return attention(x, positions, segment_ids)
+
+    def attention(self, options=None):
+        """One attention module of the method, by default with the config's options."""
+        section = self.config.attention
+        if options is not None:
+            section = registry.method_config("attention", section.name, **options)
+        method = registry.method("attention", section.name).Method
+        options = registry.options("attention", section)
+        model = ModelConfig(**self.config.model)
+        return randomized(lambda: method(model, options, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module", params=registry.names("attention"))
+def subject(request):
+    config = runpy.run_path(str(CONFIGS / f"{request.param}.py"))["get_config"]("tiny")
+    rng = np.random.default_rng(0)
+    shape = (ROWS, config.data.seq_len)
+    segment_ids, positions = packed(rng, *shape)
+    batch = {
+        "inputs": rng.integers(0, config.model.vocab_size - 1, shape, np.int32),
+        "targets": rng.integers(0, config.model.vocab_size, shape, np.int32),
+        "weights": rng.integers(0, 2, shape).astype(np.float32),
+        "segment_ids": segment_ids,
+        "positions": positions,
+    }
+    return Subject(config, jax.tree.map(jnp.asarray, batch))
+
+
+@pytest.fixture(scope="module")
+def dense_options(subject):
+    name = subject.config.attention.name
+    return importlib.import_module(f"{__package__}.test_{name}").DENSE_OPTIONS
+
+
+def test_outputs_have_their_shapes(subject):
+    output, model = subject.forward(subject.params, subject.batch), subject.config.model
+    assert output.logits.shape == (*subject.batch["inputs"].shape, model.vocab_size)
+    assert output.logits.dtype == jnp.float32
+    assert all(value.shape == () for value in output.losses.values())
+    assert all(len(value) <= model.num_layers for value in output.diagnostics.values())
+
+
+def test_attention_is_the_same_compiled_or_not(subject):
+    attention, arguments = subject.attention(), subject.attention_inputs
+    eager = attention(*arguments)
+    assert eager.output.shape == arguments[0].shape
+    assert_close(subject.run(attention, *arguments), eager, 1e-5)
+
+
+def test_every_parameter_has_a_finite_gradient(subject):
+    _, gradients = subject.loss_and_gradients
+    assert set(subject.model_def.trainable()) <= set(gradients)
+    for name in subject.model_def.trainable():
+        assert np.isfinite(gradients[name]).all(), name
+        assert np.abs(gradients[name]).max() > 1e-8, name
+
+
+def test_model_does_not_see_the_future(subject):
+    table = subject.params["embedding/table"]
+    params = {**subject.params, "embedding/table": table.at[-1].multiply(HUGE)}
+    inputs = subject.batch["inputs"]
+    seq_len = inputs.shape[1]
+    cut = np.array([1, 2, 15, 16, 17, seq_len // 2 + 1, seq_len - 16, seq_len - 1])[:, None]
+    future = np.arange(seq_len) >= cut
+    one_document = {"positions": None, "segment_ids": None}
+
+    def logits(inputs):
+        return subject.forward(params, {"inputs": inputs} | one_document).logits
+
+    before, after = (
+        logits(inputs),
+        logits(jnp.where(future, table.shape[0] - 1, inputs)),
+    )
+    assert_bits_move_only_where(future, before, after)
+
+
+def test_model_does_not_see_other_documents(subject):
+    table = subject.params["embedding/table"]
+    params = {**subject.params, "embedding/table": table.at[-1].multiply(HUGE)}
+    other = np.asarray(subject.batch["segment_ids"]) == np.arange(ROWS)[:, None] % 3
+    inputs = jnp.where(other, table.shape[0] - 1, subject.batch["inputs"])
+    before = subject.forward(params, subject.batch).logits
+    after = subject.forward(params, subject.batch | {"inputs": inputs}).logits
+    assert_bits_move_only_where(other, before, after)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+def test_attention_sees_neither_future_nor_other_documents(subject, segmented):
+    x, positions, ids = subject.attention_inputs
+    hidden = ids == np.arange(ROWS)[:, None] % 3
+    if not segmented:
+        positions, ids = jnp.broadcast_to(jnp.arange(x.shape[1]), ids.shape), 0 * ids
+        hidden = positions >= np.linspace(1, x.shape[1] - 1, ROWS).astype(int)[:, None]
+    changed = jnp.where(hidden[..., None], HUGE * normal(1, *x.shape), x)
+    attention = subject.attention()
+    before, after = (subject.run(attention, y, positions, ids).output for y in (x, changed))
+    assert_bits_move_only_where(np.asarray(hidden), before, after)
+
+
+def assert_bits_move_only_where(changed, before, after):
+    moved = (np.asarray(before) != np.asarray(after)).any(-1)
+    assert not moved[~changed].any()
+    assert moved[changed].mean() > 0.5
+
+
+def test_a_first_document_is_not_affected_by_being_packed(subject):
+    first = np.asarray(subject.batch["segment_ids"]) == 0
+    alone = subject.batch | {"positions": None, "segment_ids": None}
+    expected = subject.forward(subject.params, alone).logits
+    actual = subject.forward(subject.params, subject.batch).logits
+    assert_close(actual[first], expected[first], 1e-5)
+
+
+def test_sparsity_off_is_dense_attention(subject, dense_options):
+    assert dense_options
+    for options in dense_options:
+        attention = subject.attention(options)
+        full = dense.Method(attention.config, dense.Options(), rngs=nnx.Rngs(1))
+        for shared in ("query", "key", "value", "out", "query_norm", "key_norm"):
+            setattr(full, shared, getattr(attention, shared))
+        actual = subject.run(attention, *subject.attention_inputs).output
+        expected = subject.run(full, *subject.attention_inputs).output
+        assert_close(actual, expected, 1e-5)
+        assert attention.density(actual.shape[1]) == 1.0
+
+
+def test_sparsity_off_documents_are_as_if_alone(subject, dense_options):
+    attention = subject.attention(dense_options[0])
+    x, positions, ids = subject.attention_inputs
+    together = subject.run(attention, x, positions, ids).output
+    for document in range(3):
+        row = np.asarray(ids[0]) == document
+        length = row.sum()
+        # At the start of a row, where nothing that follows is seen.
+        alone = jnp.zeros_like(x).at[0, :length].set(x[0, row])
+        one = jnp.broadcast_to(jnp.arange(x.shape[1]), ids.shape), 0 * ids
+        output = subject.run(attention, alone, *one).output
+        assert_close(together[0, row], output[0, :length], 1e-5)
+
+
+def test_density_is_the_fraction_of_pairs_attended(subject):
+    attention, seq_len = subject.attention(), subject.config.data.seq_len
+    config = attention.config
+    query = normal(0, 1, seq_len, config.num_heads, config.head_dim)
+    key = normal(1, 1, seq_len, config.num_kv_heads, config.head_dim)
+    weights = np.asarray(attention_weights(attention, query, key))
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    pairs = config.num_heads * seq_len * (seq_len + 1) / 2
+    assert attention.density(seq_len) == pytest.approx((weights > 0).sum() / pairs)
+
+
+def test_dropout_is_a_function_of_the_key(subject):
+    model_def = ModelDef(subject.changed(dropout=0.3))
+    run = quick_jit(functools.partial(forward, model_def))
+    first, again, other = (
+        run(subject.params, subject.batch, jax.random.key(seed)).logits for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (np.asarray(first) != np.asarray(other)).any(-1).all()
+
+
+@pytest.mark.parametrize("remat", ["full", "dots_saveable"])
+def test_recomputing_changes_nothing(subject, remat):
+    config = subject.changed(remat=remat)
+    actual = subject.gradients_of(config, subject.params, subject.batch)
+    assert_close(actual, subject.loss_and_gradients, 1e-5)
+
+
+def test_scan_is_a_loop_over_layers(subject):
+    @quick_jit
+    def looped(params, batch):
+        model = subject.model_def.merge(params)
+        x, reports = model.embedding(batch["inputs"]), []
+        for block in layers(model):
+            x, report = block(x, batch["positions"], batch["segment_ids"], None)
+            reports.append(report)
+        return model.embedding.attend(model.final_norm(x)), reports
+
+    output = subject.forward(subject.params, subject.batch)
+    logits, reports = looped(subject.params, subject.batch)
+    assert len(reports) == subject.config.model.num_layers
+    assert_close(output.logits, logits, 1e-5)
+    for name, total in output.losses.items():
+        assert_close(total, sum(losses.get(name, 0) for losses, _ in reports), 1e-5)
+    for name, values in output.diagnostics.items():
+        expected = [numbers[name] for _, numbers in reports if name in numbers]
+        assert_close(values, jnp.stack(expected), 1e-5)
+
+
+def test_bfloat16_is_near_float32(subject):
+    model_def = ModelDef(subject.changed(compute_dtype="bfloat16"))
+    run = quick_jit(functools.partial(forward, model_def))
+    actual = run(subject.params, subject.batch).logits
+    expected = subject.forward(subject.params, subject.batch).logits
+    assert actual.dtype == jnp.float32
+    error = jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected)
+    assert 1e-4 < error < 0.03
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_loss_and_gradients_do_not_depend_on_the_mesh(subject, sizes):
+    with jax.set_mesh(mesh.make_mesh(sizes)):
+        placed = subject.model_def.abstract(jax.sharding.get_mesh())
+        params = {
+            name: jax.device_put(x, placed[name].sharding) for name, x in subject.params.items()
+        }
+        batch = {name: put(x, "batch", "seq") for name, x in subject.batch.items()}
+        actual = subject.gradients_of(subject.config, params, batch)
+    assert_close(actual, subject.loss_and_gradients, 1e-5)
+
+
+def test_parameters_survive_merging(subject):
+    model = subject.model_def.merge(subject.params)
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    found = {"/".join(map(str, path)): leaf[...] for path, leaf in flat.items()}
+    assert found.keys() == subject.params.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, subject.params[name], err_msg=name)
+    made = nnx.eval_shape(lambda: make_model(subject.config, rngs=nnx.Rngs(1)))
+    assert nnx.graphdef(model) == nnx.graphdef(made)

@@ -1,0 +1,145 @@
+"""Every layer computes its formula, on one device and on a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparseformer_jax import mesh
+from sparseformer_jax.model import layers
+from tests.model import reference
+from tests.model.harness import (
+    assert_close,
+    in_float64,
+    normal,
+    place,
+    pure,
+    put,
+    randomized,
+    small_config,
+)
+
+MESH = {"data": 2, "tensor": 2, "context": 2}
+
+
+def test_projection_contracts_the_last_dimensions():
+    config = small_config()
+    x = normal(0, 3, 5, 4, 6)
+    axes = ("heads", "head_dim", "embed")
+    projection = randomized(
+        lambda: layers.Projection((4, 6), (7,), axes, config, use_bias=True, rngs=nnx.Rngs(0))
+    )
+    expected = x.reshape(15, 24) @ projection.kernel[...].reshape(24, 7)
+    expected = expected.reshape(3, 5, 7) + projection.bias[...]
+    assert_close(projection(jnp.asarray(x)), expected, 1e-6)
+    assert projection.kernel.in_dims == 2
+    assert projection.bias.axes == ("embed",)
+
+
+@pytest.mark.parametrize("init_scale", [1.0, 0.25])
+def test_projection_keeps_variance(init_scale):
+    kernel = layers.Projection(
+        (64, 2),
+        (128,),
+        ("heads", "head_dim", "embed"),
+        small_config(),
+        use_bias=False,
+        init_scale=init_scale,
+        rngs=nnx.Rngs(0),
+    ).kernel
+    assert kernel[...].std() == pytest.approx(init_scale / 128**0.5, rel=0.02)
+    assert abs(kernel[...].mean()) < 0.002
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_norm(kind):
+    config = small_config(norm_eps=0.1)
+    norm = randomized(lambda: layers.Norm(20, kind, config))
+    x = 3 + 0.5 * normal(0, 2, 5, 20)
+    expected = in_float64(lambda p, x: reference.norm(p, x, kind, 0.1), pure(norm), x)
+    assert_close(norm(jnp.asarray(x)), expected, 1e-6)
+    assert (norm.bias is not None) == (kind == "layernorm")
+
+
+def test_norm_computes_in_float32():
+    norm = layers.Norm(16, "layernorm", small_config(compute_dtype="bfloat16"))
+    x = jnp.asarray(1000 + normal(0, 4, 16), jnp.float32)
+    y = norm(x)
+    assert y.dtype == jnp.bfloat16
+    assert_close(y, (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True), 0.01)
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu", "gelu_tanh"])
+def test_mlp(kind):
+    config = small_config(mlp=kind, mlp_bias=True)
+    mlp = randomized(lambda: layers.Mlp(config, rngs=nnx.Rngs(0)))
+    x = normal(0, 2, 5, 20)
+    expected = in_float64(lambda p, x: reference.mlp(p, x, kind), pure(mlp), x)
+    assert_close(mlp(jnp.asarray(x)), expected, 2e-6)
+
+
+def test_embedding_looks_up_and_attends():
+    config = small_config()
+    embedding = layers.Embedding(37, ("vocab", "embed"), config, rngs=nnx.Rngs(0))
+    table = embedding.table[...]
+    tokens = jnp.asarray([[3, 36], [0, 3]])
+    np.testing.assert_array_equal(embedding(tokens), np.asarray(table)[tokens])
+    x = normal(0, 2, 2, 20)
+    assert_close(embedding.attend(jnp.asarray(x)), x @ np.asarray(table).T, 1e-6)
+
+
+@pytest.mark.parametrize("theta", [10.0, 1e6])
+def test_rotary_turns_pairs_of_the_two_halves(theta):
+    x, positions = normal(0, 2, 5, 3, 8), np.arange(10, dtype=np.int32).reshape(2, 5)
+    actual = layers.rotary(jnp.asarray(x), jnp.asarray(positions), theta)
+    expected = in_float64(lambda x: reference.rotate(x, positions, theta), x)
+    assert_close(actual, expected, 1e-6)
+
+
+def test_rotary_depends_on_distances_only():
+    query, key = (jnp.asarray(normal(seed, 1, 9, 1, 8)) for seed in range(2))
+    positions = jnp.asarray([[3, 0, 7, 5, 5, 11, 2, 8, 1]])
+
+    def products(shift):
+        rotated = (layers.rotary(x, positions + shift, 100.0) for x in (query, key))
+        return jnp.einsum("btnh,bsnh->bts", *rotated)
+
+    assert_close(products(50), products(0), 1e-5)
+    assert jnp.abs(products(0) - jnp.einsum("btnh,bsnh->bts", query, key)).max() > 0.1
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.6])
+def test_dropout(rate):
+    x = jnp.asarray(normal(0, 100, 200))
+    kept = layers.dropout(x, rate, jax.random.key(0))
+    zeroed = np.asarray(kept) == 0
+    assert zeroed.mean() == pytest.approx(rate, abs=0.01)
+    assert_close(kept[~zeroed], (x / (1 - rate))[~zeroed], 1e-6)
+    assert layers.dropout(x, rate, None) is x
+    assert layers.dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_soft_cap():
+    logits = jnp.asarray([-1e6, -1.0, 0.0, 0.5, 1e6])
+    assert_close(layers.soft_cap(logits, 2.0), 2 * np.tanh(np.asarray(logits) / 2), 1e-6)
+    assert layers.soft_cap(logits, None) is logits
+
+
+def test_layers_on_a_mesh_are_those_of_one_device():
+    config = small_config(vocab_size=36, mlp_bias=True)
+    embedding = layers.Embedding(36, ("vocab", "embed"), config, rngs=nnx.Rngs(0))
+    mlp = randomized(lambda: layers.Mlp(config, rngs=nnx.Rngs(1)))
+    tokens = np.random.default_rng(0).integers(0, 36, (4, 6), np.int32)
+
+    @jax.jit
+    def run(embedding, mlp, tokens):
+        x = layers.dropout(mlp(embedding(tokens)), 0.5, jax.random.key(0))
+        return x, embedding.attend(x)
+
+    expected = run(embedding, mlp, tokens)
+    with jax.set_mesh(mesh.make_mesh(MESH)):
+        x, logits = run(place(embedding), place(mlp), put(tokens, "batch", "seq"))
+        assert x.sharding.spec == mesh.spec("batch", "seq", None)
+        assert logits.sharding.spec == mesh.spec("batch", "seq", "vocab")
+    assert_close((x, logits), expected, 1e-5)
