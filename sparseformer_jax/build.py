@@ -1,0 +1,35 @@
+"""Builds what a config describes: the model, and the tokenizer that fits it."""
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from sparseformer_jax import data, registry
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.model.config import ModelConfig
+from sparseformer_jax.model.transformer import Transformer
+
+
+def make_model(config: ConfigDict, *, rngs: nnx.Rngs) -> Transformer:
+    """Returns the transformer of a config, freshly initialised.
+
+    Raises:
+      ValueError: the attention method or one of its options is unknown.
+    """
+    method = registry.method("attention", config.attention.name)
+    options = registry.options("attention", config.attention)
+    return Transformer(ModelConfig(**config.model), method.Method, options, rngs=rngs)
+
+
+def make_tokenizer(config: ConfigDict) -> data.Tokenizer:
+    """Returns the tokenizer of a config.
+
+    Raises:
+      ConfigError: the model has no row for some of its tokens.
+    """
+    tokenizer = data.make_tokenizer(config.data)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: less than the {tokenizer.vocab_size} "
+            f"tokens of data.tokenizer={config.data.tokenizer!r}; make it that or more"
+        )
+    return tokenizer

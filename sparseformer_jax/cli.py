@@ -1,0 +1,260 @@
+"""The commands: train, evaluate and sample, from flags, with one line for a user's mistake."""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from sparseformer_jax import config_flags
+from sparseformer_jax.checks import ConfigError, NonFiniteError, suggest
+
+_TRAIN_USAGE = """\
+Trains a model from a config; the same command again resumes where it stopped.
+
+  python train.py --config=configs/quickstart.py --workdir=/tmp/run
+  python train.py --config=configs/quickstart.py:masformer --workdir=/tmp/run \\
+      --config.model.num_layers=6 --config.data.files=book.txt,notes.txt
+  python train.py --config=configs/quickstart.py --describe
+
+An installed package has the same command as `sparseformer-train`.
+"""
+
+_EVAL_USAGE = """\
+Evaluates a checkpoint: perplexity and bits per byte on held-out text.
+
+  python eval.py --workdir=/tmp/run
+  python eval.py --workdir=/tmp/run --split=test --output=/tmp/test.json
+  python eval.py --workdir=/tmp/run --step=500 --config.eval.num_batches=0
+
+An installed package has the same command as `sparseformer-eval`.
+"""
+
+_SAMPLE_USAGE = """\
+Continues a prompt with a trained model.
+
+  python -m sparseformer_jax.generate --workdir=/tmp/run --prompt="def "
+  python -m sparseformer_jax.generate --workdir=/tmp/run --temperature=0 --num_tokens=80
+"""
+
+_CONFIG_HELP = """\
+  --config.KEY=VALUE         override a key, e.g. --config.train.num_steps=500
+                             sparseformer_jax/default_config.py documents all keys
+"""
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Runs the training command; `argv` is sys.argv unless given.
+
+    A user's mistake ends the process with one line on stderr and exit code 2.
+    """
+    own = _new_flags()
+    _text(own, "config", "config file, FILE.py or FILE.py:ARGUMENT")
+    _text(own, "workdir", "folder of checkpoints and metrics; made if missing")
+    _switch(own, "describe", "print config, size, FLOPs and memory; do not train")
+    _switch(own, "accept_changed_config", "resume though the config has changed")
+    _distributed(own)
+    _run(_train, own, _TRAIN_USAGE, sys.argv if argv is None else argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> None:
+    """Runs the evaluation command; `argv` is sys.argv unless given.
+
+    A user's mistake ends the process with one line on stderr and exit code 2.
+    """
+    own = _new_flags()
+    _text(own, "workdir", "folder that training wrote")
+    _text(own, "config", "config file; default: the config saved in the workdir")
+    _number(own, "step", "checkpoint to load; default: the latest")
+    _text(own, "split", "train, validation or test; default: the config's")
+    _text(own, "output", "JSON file of the results; default: eval_SPLIT_STEP.json there")
+    _distributed(own)
+    _run(_evaluate, own, _EVAL_USAGE, sys.argv if argv is None else argv)
+
+
+def sample(argv: Sequence[str] | None = None) -> None:
+    """Runs the sampling command; `argv` is sys.argv unless given.
+
+    A user's mistake ends the process with one line on stderr and exit code 2.
+    """
+    own = _new_flags()
+    _text(own, "workdir", "folder that training wrote")
+    _text(own, "config", "config file; default: the config saved in the workdir")
+    flags.DEFINE_string("prompt", "", "text to continue", own)
+    flags.DEFINE_integer("num_tokens", 256, "tokens to sample at most", 1, flag_values=own)
+    flags.DEFINE_float("temperature", 0.8, "of the softmax; 0: the likeliest", 0.0, flag_values=own)
+    flags.DEFINE_integer("seed", 0, "of the sampling", 0, flag_values=own)
+    _number(own, "step", "checkpoint to load; default: the latest")
+    _run(_sample, own, _SAMPLE_USAGE, sys.argv if argv is None else argv)
+
+
+def _train(own: flags.FlagValues, argv: list[str]) -> None:
+    _require(own, "config")
+    if not own.describe:
+        _require(own, "workdir")
+    config = config_flags.load(own.config)
+    _override(config, own, argv)
+    # Imported late, here and below: a mistyped flag is told at once.
+    _start_jax(own)
+    _validate(config)
+    if own.describe:
+        from sparseformer_jax import describe
+
+        print(describe.describe(config))
+    else:
+        from sparseformer_jax.training import loop
+
+        accept = own.accept_changed_config
+        loop.train(config, own.workdir, accept_changed_config=accept)
+
+
+def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
+    _require(own, "workdir")
+    config = config_flags.load(own.config) if own.config else _saved(own.workdir)
+    _override(config, own, argv)
+    if own.split:
+        config.eval.split = own.split
+    _start_jax(own)
+    _validate(config)
+    from sparseformer_jax import mesh
+    from sparseformer_jax.evaluation import perplexity
+
+    results = perplexity.evaluate_checkpoint(config, own.workdir, step=own.step, split=own.split)
+    if not mesh.is_primary():
+        return
+    text = json.dumps(results, indent=2)
+    print(text)
+    name = f"eval_{config.eval.split}_{results['step']}.json"
+    output = pathlib.Path(own.output or pathlib.Path(own.workdir) / name)
+    output.write_text(text + "\n")
+    print(f"written to {output}", file=sys.stderr)
+
+
+def _sample(own: flags.FlagValues, argv: list[str]) -> None:
+    _require(own, "workdir")
+    config = config_flags.load(own.config) if own.config else _saved(own.workdir)
+    _override(config, own, argv)
+    _start_jax(own)
+    _validate(config)
+    from sparseformer_jax import generate
+
+    text = generate.generate(
+        config,
+        pathlib.Path(own.workdir),
+        own.prompt,
+        num_tokens=own.num_tokens,
+        temperature=own.temperature,
+        seed=own.seed,
+        step=own.step,
+    )
+    print(text)
+
+
+def _run(
+    main: Callable[[flags.FlagValues, list[str]], None],
+    own: flags.FlagValues,
+    usage: str,
+    argv: Sequence[str],
+) -> None:
+    """Calls `main` with the parsed flags and the arguments that are not among them."""
+    try:
+        rest = own(argv, known_only=True)
+        # Libraries, grain among them, read absl's global flags.
+        flags.FLAGS(argv[:1])
+        if own.help:
+            print(usage + "\n" + _flag_list(own) + _CONFIG_HELP, end="")
+            return
+        main(own, rest)
+    except (ConfigError, flags.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _override(config: ConfigDict, own: flags.FlagValues, argv: list[str]) -> None:
+    """Applies `--config.KEY=VALUE`; whatever else is left over is a mistake."""
+    try:
+        positional = config_flags.override(config, argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        keys = (f"--config.{key}" for key in config_flags.keys(config))
+        advice = suggest(f"--{error.flagname}", [*(f"--{name}" for name in own), *keys])
+        raise ConfigError(f"{error.flagvalue}: no such flag{advice}") from None
+    if positional:
+        raise ConfigError(f"{positional[0]}: not expected; flags are --name=value")
+
+
+def _saved(workdir: str) -> ConfigDict:
+    from sparseformer_jax.config import from_json
+
+    file = pathlib.Path(workdir) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"--workdir={workdir}: has no config.json; pass --config")
+    return from_json(file.read_text())
+
+
+def _start_jax(own: flags.FlagValues) -> None:
+    """Turns on the persistent compilation cache and connects the processes."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        folder = pathlib.Path(cache).expanduser() / "sparseformer_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "coordinator_address" not in own:
+        return
+    from sparseformer_jax import mesh
+
+    try:
+        mesh.initialize_distributed(own.coordinator_address, own.num_processes, own.process_id)
+    except ValueError as error:
+        raise ConfigError(error) from error
+
+
+def _validate(config: ConfigDict) -> None:
+    from sparseformer_jax.config import validate
+
+    validate(config)
+    config.lock()
+
+
+def _require(own: flags.FlagValues, name: str) -> None:
+    if own[name].value is None:
+        raise ConfigError(f"--{name}=...: missing; the {own[name].help}")
+
+
+def _new_flags() -> flags.FlagValues:
+    own = flags.FlagValues()
+    own.set_gnu_getopt()
+    _switch(own, "help", "show this")
+    return own
+
+
+def _text(own: flags.FlagValues, name: str, help_text: str) -> None:
+    flags.DEFINE_string(name, None, help_text, own)
+
+
+def _number(own: flags.FlagValues, name: str, help_text: str) -> None:
+    flags.DEFINE_integer(name, None, help_text, 0, flag_values=own)
+
+
+def _switch(own: flags.FlagValues, name: str, help_text: str) -> None:
+    flags.DEFINE_boolean(name, False, help_text, own)
+
+
+def _distributed(own: flags.FlagValues) -> None:
+    _text(own, "coordinator_address", "HOST:PORT; with the next two, for many hosts")
+    _number(own, "num_processes", "processes in all; default: found in the cluster")
+    _number(own, "process_id", "number of this process, from 0")
+
+
+def _flag_list(own: flags.FlagValues) -> str:
+    lines = []
+    for name in own:
+        value = "" if own[name].boolean else "=..."
+        lines.append(f"  {f'--{name}{value}':<27}{own[name].help}\n")
+    return "".join(lines)

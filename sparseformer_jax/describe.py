@@ -1,0 +1,150 @@
+"""What a config amounts to before any training: parameters, FLOPs, memory, density."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from sparseformer_jax import config as config_lib
+from sparseformer_jax import mesh
+from sparseformer_jax.attention.base import Attention
+from sparseformer_jax.model.transformer import Transformer
+from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
+from sparseformer_jax.training.state import ModelDef, TrainState, abstract_state
+from sparseformer_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """The size and arithmetic of a model.
+
+    Attributes:
+      parameters: all of them.
+      trainable: those that get gradients.
+      forward_flops: of one token in a full sequence; a training step costs three times it.
+      densities: attended fraction of the (causal) pairs, layer by layer.
+    """
+
+    parameters: int
+    trainable: int
+    forward_flops: float
+    densities: tuple[float, ...]
+
+
+def costs(config: ConfigDict, model_def: ModelDef) -> Costs:
+    """Returns the costs of a config at its `data.seq_len`.
+
+    Forward FLOPs of a token: 2 for each weight it is multiplied by, and 4 N H for each
+    key it attends to.
+    """
+    model, seq_len = config.model, config.data.seq_len
+    variables = model_def.variables
+    weights = sum(v.size for v in variables.values() if "in_dims" in v.get_metadata())
+    if model.tie_embeddings:
+        weights += model.vocab_size * model.embed_dim
+    keys = (seq_len + 1) / 2 if model.is_causal else seq_len
+    layers = attention_layers(model_def.merge(variables))
+    densities = tuple(layer.density(seq_len) for layer in layers)
+    attention = 4 * model.num_heads * model.head_dim * keys * sum(densities)
+    return Costs(
+        parameters=sum(v.size for v in variables.values()),
+        trainable=sum(variables[name].size for name in model_def.trainable()),
+        forward_flops=2 * weights + attention,
+        densities=densities,
+    )
+
+
+def attention_layers(model: Transformer) -> Iterator[Attention]:
+    """Yields the attention module of every layer, bottom up; repeats share theirs."""
+    for stack in model.stacks:
+        for _ in range(stack.repeats):
+            block: Any
+            for block in stack.unit:
+                yield block.attention
+
+
+def summary(config: ConfigDict, model_def: ModelDef) -> str:
+    """Returns one line about a model, for the start of a run."""
+    cost = costs(config, model_def)
+    density = sum(cost.densities) / len(cost.densities)
+    return (
+        f"{config.attention.name}: {_count(cost.parameters)} parameters "
+        f"({_count(cost.trainable)} trainable), {_count(3 * cost.forward_flops)}FLOP to train "
+        f"on a token, attention density {density:.3f}"
+    )
+
+
+def describe(config: ConfigDict) -> str:
+    """Returns the resolved config, and what it costs, as text for a person.
+
+    The memory of activations is what the compiler plans for one training step on the
+    platform this runs on.
+    """
+    sizes = config_lib.resolve_mesh(config.mesh, jax.device_count())
+    with jax.set_mesh(mesh.make_mesh(sizes)):
+        model_def = ModelDef(config)
+        cost = costs(config, model_def)
+        state_bytes, temporary_bytes = _memory(config, model_def)
+    resolved = "\n".join(f"{key} = {value!r}" for key, value in config_lib.flatten(config).items())
+    densities = "\n".join(f"  layer {i}: {d:.4f}" for i, d in enumerate(cost.densities))
+    return (
+        f"{resolved}\n\n"
+        f"{summary(config, model_def)}\n"
+        f"parameters: {cost.parameters:,} ({cost.trainable:,} trainable)\n"
+        f"FLOPs per token: {_count(cost.forward_flops)} forward, "
+        f"{_count(3 * cost.forward_flops)} training\n"
+        f"memory per device: {_bytes(state_bytes)} state, {_bytes(temporary_bytes)} gradients "
+        f"and activations (compiled for {jax.default_backend()}, mesh {_mesh(sizes)})\n"
+        f"attention density at {config.data.seq_len} tokens:\n{densities}"
+    )
+
+
+def _memory(config: ConfigDict, model_def: ModelDef) -> tuple[int, int]:
+    """Bytes of the state and of all temporaries on one device."""
+    num_steps = config.train.num_steps
+    trainable = {name: model_def.variables[name] for name in model_def.trainable()}
+    optimizer = make_optimizer(config.optimizer, num_steps, trainable)
+    step = make_train_step(model_def, optimizer, make_schedule(config.optimizer, num_steps))
+    device_mesh = jax.sharding.get_mesh()
+    state = abstract_state(model_def, optimizer, device_mesh)
+    batch = abstract_batch(config, device_mesh)
+    memory: Any = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
+    return _local_bytes(state), memory.temp_size_in_bytes
+
+
+def abstract_batch(
+    config: ConfigDict, device_mesh: jax.sharding.Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, dtypes and shardings of a training batch [A, B/A, T]."""
+    pieces = config.train.accumulation_steps
+    shape = (pieces, config.train.batch_size // pieces, config.data.seq_len)
+    sharding = jax.NamedSharding(device_mesh, mesh.spec(None, "batch", "seq"))
+    names = ("inputs", "targets", "positions", "segment_ids")
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
+    return batch | {"weights": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)}
+
+
+def _local_bytes(state: TrainState) -> int:
+    def local(leaf: Any) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(local, jax.tree.leaves(state)))
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+    return ",".join(f"{axis}:{sizes[axis]}" for axis in mesh.AXES)
+
+
+def _count(number: float | int) -> str:
+    """A count with its decimal prefix: 1234567 -> '1.23 M'."""
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    power = min(int(math.log10(max(number, 1)) // 3), len(prefixes) - 1)
+    return f"{number / 1000**power:.3g} {prefixes[power]}"
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**20:.1f} MiB" if number < 2**30 else f"{number / 2**30:.2f} GiB"

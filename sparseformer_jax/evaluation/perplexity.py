@@ -1,0 +1,97 @@
+"""Perplexity and bits per byte of held-out text."""
+
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from sparseformer_jax import config as config_lib
+from sparseformer_jax import data, mesh
+from sparseformer_jax.build import make_tokenizer
+from sparseformer_jax.model.loss import cross_entropy
+from sparseformer_jax.training.batches import DeviceBatch, place
+from sparseformer_jax.training.metrics import perplexity
+from sparseformer_jax.training.restore import restore_params
+from sparseformer_jax.training.state import ModelDef, Params
+
+
+class Evaluator:
+    """Evaluates parameters on the first batches of a split, in order.
+
+    Windows of `data.seq_len` tokens do not overlap; a token is predicted from those of
+    its own document in its window.
+    """
+
+    def __init__(self, config: ConfigDict, model_def: ModelDef, corpus: data.Corpus) -> None:
+        self._config, self._corpus = config, corpus
+
+        def step(params: Params, batch: DeviceBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+            output = model_def.merge(params)(
+                batch["inputs"], batch["positions"], batch["segment_ids"]
+            )
+            nll, _ = cross_entropy(output.logits, batch["targets"], batch["weights"])
+            density = jnp.mean(output.diagnostics.get("density", jnp.ones(1)))
+            return nll, jnp.sum(batch["weights"]), density
+
+        self._step = jax.jit(step)
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Returns loss (nats per token), perplexity, bits_per_byte, tokens and density.
+
+            perplexity = exp(loss)    bits_per_byte = loss / ln 2 * tokens / bytes
+
+        with tokens per byte counted over the whole split; density is the mean attended
+        fraction over layers.
+        """
+        sharding = jax.NamedSharding(jax.sharding.get_mesh(), mesh.spec("batch", "seq"))
+        batches = data.eval_batches(
+            self._corpus,
+            seq_len=self._config.data.seq_len,
+            batch_size=self._config.eval.batch_size,
+            num_batches=self._config.eval.num_batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        quiet = not (mesh.is_primary() and sys.stderr.isatty())
+        sums = []
+        for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=quiet):
+            sums.append(self._step(params, place(batch, sharding)))
+            # Read one batch late, so that the device never waits for the host.
+            sums[-2:-1] = jax.device_get(sums[-2:-1])
+        columns = zip(*jax.device_get(sums), strict=True)
+        nll, tokens, density = (math.fsum(column) for column in columns)
+        loss = nll / tokens
+        tokens_per_byte = self._corpus.num_predicted_tokens / self._corpus.num_bytes
+        return {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+            "tokens": tokens,
+            "density": density / len(sums),
+        }
+
+
+def evaluate_checkpoint(
+    config: ConfigDict, workdir: Path, *, step: int | None = None, split: str | None = None
+) -> dict[str, float | int]:
+    """Returns what `Evaluator` says of a checkpoint, with its step.
+
+    Args:
+      config: the run's, or one with other `data` and `eval` sections.
+      workdir: of the run.
+      step: which checkpoint; None: the newest.
+      split: of the data; None: `eval.split`.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it does not fit the config.
+    """
+    split = split or config.eval.split
+    with jax.set_mesh(mesh.make_mesh(config_lib.resolve_mesh(config.mesh, jax.device_count()))):
+        model_def = ModelDef(config)
+        step, params = restore_params(model_def, workdir, step)
+        corpus = data.load_corpus(config.data, split, make_tokenizer(config))
+        return {"step": step, **Evaluator(config, model_def, corpus)(params)}

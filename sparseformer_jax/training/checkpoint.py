@@ -1,0 +1,129 @@
+"""Checkpoints of a run: state, position in the data and config as one atomic item.
+
+The only file that knows orbax.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from orbax.checkpoint.experimental import v1 as ocp
+
+from sparseformer_jax.checks import ConfigError
+
+Tree = TypeVar("Tree")
+
+policies = ocp.training.preservation_policies
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What stands beside the arrays of a checkpoint.
+
+    Attributes:
+      data: state of the data iterator; every process has the same.
+      corpus: fingerprint of the training text and its tokenizer.
+      config: the config as `sparseformer_jax.config.to_json` writes it.
+    """
+
+    data: dict[str, Any]
+    corpus: str
+    config: str
+
+
+class Checkpoints:
+    """The checkpoints of a run; a context manager that waits for writes at its end.
+
+    Args:
+      workdir: of the run; they lie in its folder `checkpoints`, one folder a step.
+      keep_last: how many of the newest stay; None: only read, leave everything as it is.
+      keep_every: checkpoints at multiples of these steps stay for ever; 0: none.
+    """
+
+    def __init__(self, workdir: Path, *, keep_last: int | None = None, keep_every: int = 0) -> None:
+        keep = [policies.LatestN(keep_last)]
+        if keep_every:
+            keep.append(policies.EveryNSteps(keep_every))
+        self.directory = workdir.absolute() / "checkpoints"
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            # What a killed run left half-written, but not what a running one is writing.
+            cleanup_tmp_directories=keep_last is not None,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step that is completely written."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state: Any, meta: Meta) -> None:
+        """Starts writing a checkpoint; returns when the arrays may be changed."""
+        if step != self.latest_step:
+            items = {"state": state, "meta": dataclasses.asdict(meta)}
+            self._checkpointer.save_checkpointables_async(step, items)
+
+    def wait(self) -> None:
+        """Returns when all checkpoints are on disk; raises what went wrong in writing."""
+        self._checkpointer.wait()
+
+    def restore(self, step: int, abstract: Tree) -> Tree:
+        """Returns the state of a step in the shapes, dtypes and shardings asked for.
+
+        `abstract` may be a part of the state, a dict with fewer names.
+
+        Raises:
+          ValueError: there is no such step, or its arrays have other shapes.
+        """
+        self._require(step)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        try:
+            with context:
+                path = self.directory / str(step)
+                state = ocp.load_checkpointables(path, {"state": abstract})["state"]
+            _require_arrays(state)
+            return state
+        except (ValueError, KeyError) as error:
+            raise ConfigError(
+                f"checkpoint {step} in {self.directory} does not fit the config: {_cause(error)}"
+            ) from error
+
+    def meta(self, step: int) -> Meta:
+        """Returns what stands beside the arrays of a step.
+
+        Raises:
+          ValueError: there is no such step.
+        """
+        self._require(step)
+        return Meta(**self._checkpointer.load_checkpointables(step, {"meta": None})["meta"])
+
+    def _require(self, step: int) -> None:
+        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        if step not in steps:
+            raise ConfigError(
+                f"no checkpoint of step {step} in {self.directory}; there are {steps}"
+            )
+
+
+def _require_arrays(state: Any) -> None:
+    """Orbax leaves a name that the checkpoint lacks as it was asked for, without a word."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if not isinstance(leaf, jax.Array):
+            raise KeyError(f"{jax.tree_util.keystr(path, simple=True, separator='/')} is missing")
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the innermost cause, where orbax keeps what differs."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0]

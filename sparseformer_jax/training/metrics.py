@@ -1,0 +1,143 @@
+"""Where the numbers of a run go: JSON lines always, a progress bar or plain lines, TensorBoard."""
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+
+
+class MetricWriter:
+    """Writes numbers by step; resuming at a step drops what a killed run wrote from there on.
+
+    Args:
+      workdir: metrics.jsonl and TensorBoard events lie here.
+      first_step: the step the run starts from.
+      num_steps: the step it ends at.
+      is_primary: other processes of a run on several hosts write nothing.
+    """
+
+    def __init__(self, workdir: Path, first_step: int, num_steps: int, is_primary: bool) -> None:
+        self._enabled = is_primary
+        if not is_primary:
+            return
+        _drop_from(workdir / FILE, first_step)
+        self._file = (workdir / FILE).open("a")
+        self._tensorboard = None
+        if importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir), purge_step=first_step)
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._num_steps = num_steps
+
+    def train(self, step: int, numbers: Mapping[str, float], eta: float) -> None:
+        """Writes the numbers of a training step; `eta` is the time left in seconds, or nan."""
+        if not self._enabled:
+            return
+        self._write(step, "train", numbers)
+        shown = {
+            "loss": f"{numbers['loss']:.4f}",
+            "ppl": f"{perplexity(numbers['loss']):.2f}",
+        }
+        if "tokens_per_second" in numbers:
+            shown["tok/s"] = f"{numbers['tokens_per_second']:.0f}"
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        else:
+            pairs = "  ".join(f"{name} {value}" for name, value in shown.items())
+            self._print(f"step {step}/{self._num_steps}  {pairs}  eta {_duration(eta)}")
+
+    def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Writes the numbers of an evaluation."""
+        if not self._enabled:
+            return
+        self._write(step, "eval", numbers)
+        pairs = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        self._print(f"eval at step {step}: {pairs}")
+
+    def message(self, text: str) -> None:
+        """Shows a line to the user."""
+        if self._enabled:
+            self._print(text)
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._file.close()
+
+    def _print(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print(line, flush=True)
+
+    def _write(self, step: int, kind: str, numbers: Mapping[str, float]) -> None:
+        named = {f"{kind}/{name}": value for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": step, **named}) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in named.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+
+class Clock:
+    """Time a training step takes, with evaluations and checkpoints left out.
+
+    Args:
+      first_step: the step the run starts from.
+    """
+
+    def __init__(self, first_step: int) -> None:
+        self._seconds, self._since = 0.0, time.perf_counter()
+        self._step, self._is_first = first_step, True
+
+    def pause(self) -> None:
+        """Stops the clock."""
+        self._seconds += time.perf_counter() - self._since
+
+    def resume(self) -> None:
+        """Starts the clock again."""
+        self._since = time.perf_counter()
+
+    def lap(self, step: int) -> float:
+        """Returns the seconds a step took since the last lap; nan for the first, which compiles."""
+        self.pause()
+        self.resume()
+        seconds = math.nan if self._is_first else self._seconds / max(1, step - self._step)
+        self._seconds, self._step, self._is_first = 0.0, step, False
+        return seconds
+
+
+def perplexity(loss: float) -> float:
+    """Returns exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "?"
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _drop_from(path: Path, step: int) -> None:
+    """Removes the lines after `step` of a run that got further than its last checkpoint."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept))

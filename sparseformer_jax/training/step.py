@@ -1,0 +1,108 @@
+"""One optimiser step: loss, accumulated gradients, clipping, update."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sparseformer_jax.model.loss import cross_entropy
+from sparseformer_jax.training.state import ModelDef, Params, TrainState
+
+Batch = dict[str, jax.Array]  # each [A, B/A, T]: accumulation pieces, rows, tokens
+Metrics = dict[str, Any]
+
+
+def make_train_step(
+    model_def: ModelDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the function (state, batch) -> (state, metrics), to be compiled.
+
+    The loss is the mean over all weighted targets of the whole batch, so the pieces of
+    an accumulated batch give the gradient of the batch at once:
+
+        sum_i w_i (nll_i + z_loss log(Z_i)^2) / sum_i w_i + auxiliary losses
+
+    Metrics are scalars, but for "nonfinite": parameter name -> whether its gradient is.
+    """
+    train = model_def.config.train
+    names = model_def.trainable()
+    seed = model_def.config.seed
+
+    def piece_loss(
+        trainable: Params, params: Params, batch: Batch, rng: jax.Array, total: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        model = model_def.merge({**params, **trainable})
+        output = model(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
+        nll, log_z2 = cross_entropy(output.logits, batch["targets"], batch["weights"])
+        auxiliary = {name: v / train.accumulation_steps for name, v in output.losses.items()}
+        loss = (nll + train.z_loss * log_z2) / total + sum(auxiliary.values())
+        reports = {name: jnp.mean(v) for name, v in output.diagnostics.items()}
+        reports = {name: v / train.accumulation_steps for name, v in reports.items()}
+        return loss, {"loss": nll / total, "total_loss": loss, **auxiliary, **reports}
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable = {name: state.params[name] for name in names}
+        total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def gradients(piece: Batch, rng: jax.Array) -> tuple[Params, Metrics]:
+            grad = jax.grad(piece_loss, has_aux=True)
+            return grad(trainable, state.params, piece, rng, total)
+
+        grads, metrics = _accumulate(gradients, batch, rng)
+        square_norms = {name: jnp.sum(jnp.square(g)) for name, g in grads.items()}
+        norm = jnp.sqrt(sum(square_norms.values()))
+        grads = _clip(grads, norm, model_def.config.optimizer.clip_norm)
+        updates, opt_state = _update(optimizer, grads, state.opt_state, trainable)
+        params = {**state.params, **optax.apply_updates(trainable, updates)}
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": schedule(state.step),
+            "tokens": total,
+            "nonfinite": {name: ~jnp.isfinite(s) for name, s in square_norms.items()},
+        }
+        return dataclasses.replace(
+            state, step=state.step + 1, params=params, opt_state=opt_state
+        ), metrics
+
+    return train_step
+
+
+def _accumulate(
+    gradients: Callable[[Batch, jax.Array], tuple[Params, Metrics]], batch: Batch, rng: jax.Array
+) -> tuple[Params, Metrics]:
+    """Sums gradients and metrics over the pieces of a batch."""
+    pieces = jax.tree.leaves(batch)[0].shape[0]
+    first = jax.tree.map(lambda x: x[0], batch)
+    if pieces == 1:
+        return gradients(first, rng)
+
+    def add(total: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradients(*xs)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, first, rng))
+    return jax.lax.scan(add, zeros, (batch, jax.random.split(rng, pieces)))[0]
+
+
+def _clip(grads: Params, norm: jax.Array, limit: float) -> Params:
+    """Scales gradients whose global norm exceeds the limit; 0: never."""
+    if not limit:
+        return grads
+    factor = limit / jnp.maximum(norm, limit)
+    return {name: (g * factor).astype(g.dtype) for name, g in grads.items()}
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    grads: Params,
+    opt_state: optax.OptState,
+    params: Params,
+) -> tuple[Params, optax.OptState]:
+    """Runs the optimiser with the partitioner in charge: Muon's products cross shards."""
+    shardings = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, opt_state))
+    return jax.sharding.auto_axes(optimizer.update, out_sharding=shardings)(
+        grads, opt_state, params
+    )

@@ -1,0 +1,56 @@
+"""Perplexity against a computation by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseformer_jax import data, mesh, presets
+from sparseformer_jax.evaluation.perplexity import Evaluator
+from sparseformer_jax.training.state import ModelDef
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "train.txt").write_text("spam " * 40)
+    (tmp_path / "validation.txt").write_text("the quick brown fox, żółć! " * 9)
+    config = presets.baseline("tiny")
+    config.data.files = (str(tmp_path),)
+    config.data.seq_len = 32
+    config.eval.batch_size = 3
+    config.eval.num_batches = 0
+    return config
+
+
+def test_every_token_counts_once(config):
+    """The whole split, whose last batch and window are not full."""
+    tokenizer = data.make_tokenizer(config.data)
+    corpus = data.load_corpus(config.data, "validation", tokenizer)
+    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
+        model_def = ModelDef(config)
+        params = model_def.init(jax.random.key(0))
+        results = Evaluator(config, model_def, corpus)(params)
+    model = model_def.merge(jax.tree.map(jnp.asarray, jax.device_get(params)))
+    text = "the quick brown fox, żółć! " * 9
+    tokens = np.array([256, *text.encode(), 257])
+    nll = 0.0
+    for start in range(0, len(tokens) - 1, 32):
+        window = tokens[start : start + 33]
+        logits = np.asarray(model(jnp.asarray(window[None, :-1])).logits[0], np.float64)
+        log_z = np.log(np.exp(logits).sum(-1))
+        nll += (log_z - logits[np.arange(len(window) - 1), window[1:]]).sum()
+    assert results["tokens"] == len(tokens) - 1
+    np.testing.assert_allclose(results["loss"], nll / (len(tokens) - 1), rtol=1e-5)
+    np.testing.assert_allclose(results["perplexity"], np.exp(results["loss"]))
+    bits = nll / np.log(2) / len(text.encode())
+    np.testing.assert_allclose(results["bits_per_byte"], bits, rtol=1e-5)
+    assert results["density"] == 1.0
+
+
+def test_parts_of_a_split(config):
+    corpus = data.load_corpus(config.data, "validation", data.make_tokenizer(config.data))
+    config.eval.num_batches = 1
+    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
+        model_def = ModelDef(config)
+        results = Evaluator(config, model_def, corpus)(model_def.init(jax.random.key(0)))
+    assert results["tokens"] == 3 * 32

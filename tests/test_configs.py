@@ -1,0 +1,45 @@
+"""Every config of the repository is valid, and trains at its tiny size."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+from sparseformer_jax import config_flags
+from sparseformer_jax.config import from_json, to_json, validate
+from sparseformer_jax.training import loop
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = [path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("default", "quickstart")]
+
+
+def load(argument):
+    return config_flags.load(str(CONFIGS / argument))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_size_is_valid(method, size):
+    config = load(f"{method}.py:{size}")
+    validate(config, num_devices=8)
+    assert to_json(from_json(to_json(config))) == to_json(config)
+    assert config.attention.name == method
+
+
+@pytest.mark.parametrize("method", ["s2", "masformer", "dense"])
+def test_quickstart_is_valid_on_one_device(method):
+    config = load(f"quickstart.py:{method}")
+    validate(config, num_devices=1)
+    assert config.attention.name == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tiny_trains_two_steps(method, tmp_path, capsys):
+    config = load(f"{method}.py:tiny")
+    config.train.num_steps = 2
+    config.optimizer.warmup_steps = 1
+    config.train.batch_size = jax.device_count()
+    config.eval.num_batches = 1
+    validate(config)
+    loop.train(config, tmp_path)
+    assert "step 2/2" in capsys.readouterr().out

@@ -1,0 +1,66 @@
+"""Checkpoints: what stays, what comes back, on another mesh, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseformer_jax import mesh
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.training.checkpoint import Checkpoints, Meta
+
+META = Meta(data={"next_index": 7}, corpus="text", config='{"seed": 1}')
+
+
+def sharded(sizes, spec):
+    device_mesh = mesh.make_mesh(sizes)
+    return jax.NamedSharding(device_mesh, jax.P(*spec))
+
+
+def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
+    with Checkpoints(tmp_path, keep_last=2, keep_every=4) as checkpoints:
+        assert checkpoints.latest_step is None
+        for step in range(1, 8):
+            checkpoints.save(step, {"x": jnp.full(3, step)}, META)
+        checkpoints.wait()
+        assert checkpoints.latest_step == 7
+    steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {4, 6, 7}
+
+
+def test_arrays_come_back_on_another_mesh(tmp_path):
+    values = np.arange(64.0).reshape(8, 8)
+    state = {"w": jax.device_put(values, sharded({"fsdp": 8}, ["fsdp"])), "key": jax.random.key(3)}
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(2, state, META)
+        checkpoints.wait()
+        other = sharded({"data": 2, "fsdp": 2, "tensor": 2}, ["tensor", "fsdp"])
+        abstract = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=other)}
+        restored = checkpoints.restore(2, abstract)
+        assert checkpoints.meta(2) == META
+    assert restored["w"].sharding == other
+    np.testing.assert_array_equal(restored["w"], values)
+
+
+def test_what_does_not_fit_or_is_not_there_is_one_line(tmp_path):
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(2, {"w": jnp.ones(4)}, META)
+        checkpoints.wait()
+        place = sharded({"fsdp": 8}, [None])
+        for abstract, difference in (
+            ({"w": jax.ShapeDtypeStruct((5,), jnp.float32, sharding=place)}, "5"),
+            ({"v": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=place)}, "v"),
+        ):
+            with pytest.raises(ConfigError, match="checkpoint 2 .*does not fit") as error:
+                checkpoints.restore(2, abstract)
+            assert "\n" not in str(error.value)
+            assert difference in str(error.value).split("does not fit the config:")[1]
+        with pytest.raises(ConfigError, match=r"no checkpoint of step 3 .* there are \[2\]"):
+            checkpoints.meta(3)
+        for file in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
+            if file.is_file() and file.stat().st_size > 50:
+                file.write_bytes(file.read_bytes()[:10])
+        abstract = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=place)}
+        with pytest.raises(ConfigError, match="checkpoint 2") as error:
+            checkpoints.restore(2, abstract)
+        assert "\n" not in str(error.value)

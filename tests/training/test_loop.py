@@ -1,0 +1,117 @@
+"""The loop in this process: what it writes, refuses and survives."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparseformer_jax.checks import ConfigError, NonFiniteError
+from sparseformer_jax.evaluation.perplexity import evaluate_checkpoint
+from sparseformer_jax.generate import generate
+from sparseformer_jax.training import loop
+from sparseformer_jax.training.checkpoint import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The workdir of a run, trained once."""
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def run(config, trained):
+    """The config of a run of four steps on all eight devices."""
+    config.train.num_steps = 4
+    config.eval.every = 2
+    config.train.profile_steps = (1, 3)
+    if not (trained / "config.json").exists():
+        loop.train(config, trained)
+    return config
+
+
+@pytest.fixture
+def finished(run, trained, tmp_path):
+    """The test's own copy of the finished run."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def read(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_numbers_are_written_step_by_step(run, finished):
+    lines = read(finished)
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval/perplexity" in line] == [2, 4]
+    train = lines[0]
+    np.testing.assert_allclose(train["train/loss"], np.log(264), rtol=0.05)
+    assert 0 < train["train/density"] < 1
+    assert train["train/tokens"] < 16 * 32  # targets in other documents do not count
+    assert list(finished.glob("events.out.tfevents*"))
+    assert list((finished / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_last_state_is_evaluated_as_the_checkpoint_is(run, finished):
+    written = [line for line in read(finished) if "eval/loss" in line][-1]
+    results = evaluate_checkpoint(run, finished)
+    assert results.pop("step") == 4
+    assert {f"eval/{name}": value for name, value in results.items()} == {
+        name: value for name, value in written.items() if name != "step"
+    }
+
+
+def test_a_finished_run_only_says_so(run, finished, capsys):
+    before = read(finished)
+    loop.train(run, finished)
+    assert "done: step 4 is saved" in capsys.readouterr().out
+    assert read(finished) == before
+
+
+def test_a_changed_config_is_refused_or_accepted(run, finished):
+    run.optimizer.learning_rate = 1e-4
+    with pytest.raises(ConfigError, match="optimizer.learning_rate.*--accept_changed_config"):
+        loop.train(run, finished)
+    loop.train(run, finished, accept_changed_config=True)
+
+
+def test_changed_text_is_refused(run, finished, tmp_path_factory):
+    text = tmp_path_factory.mktemp("other")
+    for split in ("train", "validation"):
+        (text / f"{split}.jsonl").write_text(json.dumps({"text": "ab " * 500}))
+    run.data.files = (str(text),)
+    with pytest.raises(ConfigError, match="data.files.*the training text"):
+        loop.train(run, finished)
+
+
+def test_sampling_is_reproducible_and_stays_in_the_window(run, finished):
+    text = generate(run, finished, "aaa bbb " * 10, num_tokens=5, seed=1)
+    assert text.startswith("aaa bbb " * 10)
+    assert text == generate(run, finished, "aaa bbb " * 10, num_tokens=5, seed=1)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(run, finished):
+    run.model.mlp_dim = 64
+    with pytest.raises(ConfigError, match="checkpoint 4 in .* does not fit the config") as error:
+        evaluate_checkpoint(run, finished)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="no checkpoint of step 3"):
+        evaluate_checkpoint(run, finished, step=3)
+    with pytest.raises(ConfigError, match="holds no checkpoints"):
+        evaluate_checkpoint(run, finished / "nowhere")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    """The step after the jump is nan; what was saved before it stays the last."""
+    config.optimizer.schedule = "constant"
+    config.optimizer.learning_rate = 1e30
+    config.optimizer.warmup_steps = 0
+    config.checkpoint.every = 1
+    with pytest.raises(
+        NonFiniteError, match=r"step 2: loss is .*gradients are not finite: .*/"
+    ) as error:
+        loop.train(config, tmp_path)
+    assert "the last good checkpoint is step 1" in str(error.value)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 1

@@ -1,0 +1,141 @@
+"""One optimiser step: accumulation, clipping, frozen parameters, every mesh."""
+
+import jax
+import numpy as np
+import pytest
+
+from sparseformer_jax import mesh
+from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
+from sparseformer_jax.training.state import ModelDef, abstract_state, init_state
+from sparseformer_jax.training.step import make_train_step
+
+MESHES = [
+    {"data": 8},
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"context": 2, "fsdp": 4},
+]
+
+
+def train(config, sizes, batch, num_steps=3):
+    """Returns losses, the last metrics and the state after a few steps on a mesh."""
+    devices = jax.devices()[: int(np.prod(list(sizes.values()), dtype=int))]
+    device_mesh = mesh.make_mesh(sizes, devices)
+    with jax.set_mesh(device_mesh):
+        model_def = ModelDef(config)
+        variables = {name: model_def.variables[name] for name in model_def.trainable()}
+        optimizer = make_optimizer(config.optimizer, 10, variables)
+        state = jax.jit(lambda: init_state(model_def, optimizer, jax.random.key(0)))()
+        abstract = abstract_state(model_def, optimizer, device_mesh)
+        assert jax.tree.map(lambda x: x.sharding.spec, state.params) == jax.tree.map(
+            lambda x: x.sharding.spec, abstract.params
+        )
+        step = jax.jit(make_train_step(model_def, optimizer, make_schedule(config.optimizer, 10)))
+        pieces = config.train.accumulation_steps
+        sharding = jax.NamedSharding(device_mesh, mesh.spec(None, "batch", "seq"))
+        placed = {
+            name: jax.device_put(array.reshape(pieces, -1, array.shape[-1]), sharding)
+            for name, array in batch.items()
+        }
+        losses = []
+        for _ in range(num_steps):
+            state, metrics = step(state, placed)
+            losses.append(float(metrics["loss"]))
+        return losses, jax.device_get(metrics), jax.device_get(state)
+
+
+@pytest.fixture
+def batch():
+    """Packed rows with uneven weights."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 258, (16, 33), dtype=np.int32)
+    lengths = random.integers(5, 28, 16)
+    place = np.arange(32)
+    second = place >= lengths[:, None]
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.where(second, place - lengths[:, None], place).astype(np.int32),
+        "segment_ids": 1 + second.astype(np.int32),
+        "weights": (place != lengths[:, None] - 1).astype(np.float32),
+    }
+
+
+@pytest.fixture
+def plain(config):
+    config.model.dropout = 0.0
+    config.train.accumulation_steps = 1
+    config.optimizer.warmup_steps = 0
+    return config
+
+
+def assert_close(actual, expected, rtol=1e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), actual, expected
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_losses_are_the_same_on_every_mesh(plain, batch, optimizer):
+    plain.optimizer.name = optimizer
+    expected, _, state = train(plain, {}, batch)
+    assert expected[-1] < expected[0]
+    for sizes in MESHES:
+        losses, _, _ = train(plain, sizes, batch)
+        np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=str(sizes))
+
+
+def test_accumulation_equals_one_big_batch(plain, batch):
+    plain.train.z_loss = 0.01
+    expected, metrics, state = train(plain, {}, batch)
+    plain.train.accumulation_steps = 4
+    losses, pieced_metrics, pieced_state = train(plain, {}, batch)
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    np.testing.assert_allclose(pieced_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-5)
+    assert metrics["density"] == pieced_metrics["density"]
+
+
+def test_frozen_parameters_stay_and_take_no_optimiser_memory(plain, batch):
+    plain.train.trainable = r"attention/(query|key)/"
+    _, _, before = train(plain, {}, batch, num_steps=1)
+    _, _, after = train(plain, {}, batch, num_steps=3)
+    moved = {n for n in before.params if not np.array_equal(before.params[n], after.params[n])}
+    assert moved == {n for n in before.params if "/query/" in n or "/key/" in n}
+    names = {
+        str(path[-1].key)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(after.opt_state)
+        if leaf.ndim
+    }
+    assert names == moved
+
+
+def test_clipping_bounds_the_gradient(plain, batch):
+    plain.optimizer.name = "adamw"
+    plain.optimizer.eps = 1e3  # Adam becomes gradient descent, so updates show the clipping
+    plain.optimizer.weight_decay = 0.0
+    plain.optimizer.schedule = "constant"
+    steps = {}
+    for limit in (0.0, 0.05, 1e9):
+        plain.optimizer.clip_norm = limit
+        _, metrics, state = train(plain, {}, batch, num_steps=1)
+        steps[limit] = state.opt_state[0].mu["final_norm/scale"]
+    norm = float(metrics["grad_norm"])
+    assert norm > 0.05
+    np.testing.assert_allclose(steps[0.0], steps[1e9], rtol=1e-6)
+    np.testing.assert_allclose(steps[0.05], steps[0.0] * 0.05 / norm, rtol=1e-5)
+
+
+def test_metrics_name_what_is_not_finite(plain, batch):
+    plain.model.logits_soft_cap = None
+    plain.train.z_loss = 1e38
+    _, metrics, _ = train(plain, {}, batch, num_steps=1)
+    assert not np.isfinite(metrics["grad_norm"])
+    assert any(metrics["nonfinite"].values())
+
+
+def test_a_pattern_that_selects_nothing_is_refused(plain):
+    plain.train.trainable = "no_such_parameter"
+    with pytest.raises(
+        ValueError, match="train.trainable='no_such_parameter' matches no parameter"
+    ):
+        ModelDef(plain).trainable()
