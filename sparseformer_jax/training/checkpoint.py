@@ -3,7 +3,9 @@
 The only file that knows orbax.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,16 +89,11 @@ class Checkpoints:
         self._require(step)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        try:
-            with context:
-                path = self.directory / str(step)
-                state = ocp.load_checkpointables(path, {"state": abstract})["state"]
+        with self._one_line(step), context:
+            path = self.directory / str(step)
+            state = ocp.load_checkpointables(path, {"state": abstract})["state"]
             _require_arrays(state)
-            return state
-        except (ValueError, KeyError) as error:
-            raise ConfigError(
-                f"checkpoint {step} in {self.directory} does not fit the config: {_cause(error)}"
-            ) from error
+        return state
 
     def meta(self, step: int) -> Meta:
         """Returns what stands beside the arrays of a step.
@@ -105,7 +102,20 @@ class Checkpoints:
           ValueError: there is no such step.
         """
         self._require(step)
-        return Meta(**self._checkpointer.load_checkpointables(step, {"meta": None})["meta"])
+        with self._one_line(step):
+            meta = self._checkpointer.load_checkpointables(step, {"meta": None})["meta"]
+        return Meta(**meta)
+
+    @contextlib.contextmanager
+    def _one_line(self, step: int) -> Iterator[None]:
+        """Tells in one line why a checkpoint cannot be read."""
+        try:
+            yield
+        except (ValueError, KeyError, OSError) as error:
+            raise ConfigError(
+                f"checkpoint {step} in {self.directory} is damaged or does not fit the config: "
+                f"{_cause(error)}"
+            ) from error
 
     def _require(self, step: int) -> None:
         steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
