@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,11 +43,12 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def interrupt(process: subprocess.Popen, step: int, number: signal.Signals) -> str:
-    """Sends a signal as soon as a step is printed; returns the rest of the output."""
+    """Sends a signal as soon as a step, or one after it, is printed; returns the output."""
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith(f"step {step}/"):
+        printed = re.match(r"step (\d+)/", line)
+        if printed and int(printed[1]) >= step:
             process.send_signal(number)
             return "".join(lines) + process.communicate(timeout=TIMEOUT)[0]
     raise AssertionError(f"step {step} was never printed:\n{''.join(lines)}")

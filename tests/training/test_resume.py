@@ -4,51 +4,63 @@ import signal
 import socket
 
 import numpy as np
+import pytest
 
 from tests.training import processes
 
 
-def test_a_killed_run_resumes_with_equal_floats(config, tmp_path):
+@pytest.fixture
+def endless(config):
+    """A run that only a signal ends, so that no signal can come too late."""
+    config.train.num_steps = 10**6
+    return config
+
+
+def test_a_killed_run_resumes_with_equal_floats(endless, tmp_path):
     """Packing, shuffling, dropout and accumulation are on."""
-    processes.finish(processes.start(config, tmp_path / "whole"))
-    expected = processes.losses(tmp_path / "whole")
-    assert list(expected) == [1, 2, 3, 4, 5, 6]
-
     workdir = tmp_path / "interrupted"
-    run = processes.start(config, workdir)
-    processes.interrupt(run, 3, signal.SIGKILL)
+    run = processes.start(endless, workdir)
+    # The save at step 4 waited for that at step 2 to be whole.
+    processes.interrupt(run, 5, signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
+    for step in (7, 9):
+        run = processes.start(endless, workdir)
+        output = processes.interrupt(run, step, signal.SIGTERM)
+        assert run.returncode == 0, output
+        assert "resuming from step" in output
+        assert "the same command resumes" in output
+    actual = processes.losses(workdir)
+    assert list(actual) == list(range(1, len(actual) + 1))
+    assert actual == _uninterrupted(endless, tmp_path, len(actual))
 
-    run = processes.start(config, workdir)
-    output = processes.interrupt(run, 4, signal.SIGTERM)
-    assert run.returncode == 0, output
-    assert "the same command resumes" in output
 
-    output = processes.finish(processes.start(config, workdir))
-    assert "resuming from step" in output
-    assert processes.losses(workdir) == expected
-
-
-def test_two_processes_equal_one_and_resume_on_it(config, tmp_path):
+def test_two_processes_equal_one_and_resume_on_it(endless, tmp_path):
     """Each reads its own rows; the shuffled, packed stream of the run is one and the same."""
-    config.mesh.data = 4
-    config.mesh.fsdp = 2
-    one = processes.start(config, tmp_path / "one", num_devices=8)
-    processes.finish(one)
-    expected = processes.losses(tmp_path / "one")
-
+    endless.mesh.data = 4
+    endless.mesh.fsdp = 2
     workdir = tmp_path / "two"
-    pair = _start_pair(config, workdir)
+    pair = _start_pair(endless, workdir)
     processes.interrupt(pair[0], 3, signal.SIGTERM)
     pair[1].communicate(timeout=processes.TIMEOUT)
     assert [process.returncode for process in pair] == [0, 0]
-    assert 3 <= max(processes.losses(workdir)) < 6
+    on_two = max(processes.losses(workdir))
 
-    output = processes.finish(processes.start(config, workdir, num_devices=8))
-    assert "resuming from step" in output
+    run = processes.start(endless, workdir, num_devices=8)
+    assert "resuming from step" in processes.interrupt(run, on_two + 3, signal.SIGTERM)
+    assert run.returncode == 0
     actual = processes.losses(workdir)
+    expected = _uninterrupted(endless, tmp_path, len(actual), num_devices=8)
     assert list(actual) == list(expected)
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=1e-5)
+
+
+def _uninterrupted(config, tmp_path, num_steps, num_devices=1):
+    """Returns the losses of the first steps of a run in one piece."""
+    run = processes.start(config, tmp_path / "whole", num_devices=num_devices)
+    processes.interrupt(run, num_steps, signal.SIGTERM)
+    assert run.returncode == 0
+    losses = processes.losses(tmp_path / "whole")
+    return {step: losses[step] for step in range(1, num_steps + 1)}
 
 
 def _start_pair(config, workdir):
