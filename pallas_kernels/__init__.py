@@ -1,7 +1,15 @@
 """Block-sparse attention kernels for JAX, importable on their own."""
 
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import block_sparse_attention, explain
 from pallas_kernels.rules import Dense, Local, Rule, Strided
 
-__all__ = ["BlockMask", "Dense", "Local", "Rule", "Strided", "block_sparse_attention"]
+__all__ = [
+    "BlockMask",
+    "Dense",
+    "Local",
+    "Rule",
+    "Strided",
+    "block_sparse_attention",
+    "explain",
+]

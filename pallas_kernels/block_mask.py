@@ -54,7 +54,8 @@ class BlockMask:
         key_block_size: tokens in a key tile.
         is_causal: tiles without any pair j <= i were dropped.
         window_size: tiles without any pair |i - j| < window_size were dropped.
-        rule: decides pairs inside partial tiles; None when the lists say it all.
+        rule: the closed form that the lists came from, if they did.
+        is_uniform: the rule is constant on the pairs of every listed tile.
     """
 
     kv_counts: _Table
@@ -71,6 +72,7 @@ class BlockMask:
     is_causal: bool = dataclasses.field(metadata=_STATIC)
     window_size: int | None = dataclasses.field(metadata=_STATIC)
     rule: Rule | None = dataclasses.field(metadata=_STATIC)
+    is_uniform: bool = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def from_rule(
@@ -121,8 +123,7 @@ class BlockMask:
         )
         offset = geometry.default_offset if query_offset is None else query_offset
         active, full, is_uniform = tiles.rule_tiles(rule, geometry, offset)
-        rule_inside = None if is_uniform else rule
-        return cls._from_tiles(active, full, geometry, offset, rule_inside)
+        return cls._from_tiles(active, full, geometry, offset, rule, is_uniform)
 
     @classmethod
     def from_block_map(
@@ -166,7 +167,7 @@ class BlockMask:
         _check_block_map(block_map, geometry)
         offset = geometry.default_offset if query_offset is None else query_offset
         active, full, _ = tiles.rule_tiles(Dense(), geometry, offset)
-        return cls._from_tiles(block_map & active, block_map & full, geometry, offset, None)
+        return cls._from_tiles(block_map & active, block_map & full, geometry, offset)
 
     @classmethod
     def _from_tiles(
@@ -175,7 +176,8 @@ class BlockMask:
         full: tiles.Mask,
         geometry: tiles.Geometry,
         offset: tiles.Offset,
-        rule: Rule | None,
+        rule: Rule | None = None,
+        is_uniform: bool = True,
     ) -> "BlockMask":
         partial = active.astype(np.int32) * PARTIAL
         kinds = partial + full.astype(np.int32) * (FULL - PARTIAL)
@@ -184,6 +186,7 @@ class BlockMask:
             *tiles.compact(kinds.swapaxes(-1, -2)),
             query_offset=tiles.as_scalar(offset),
             rule=rule,
+            is_uniform=is_uniform,
             **dataclasses.asdict(geometry),
         )
 
@@ -193,11 +196,14 @@ class BlockMask:
         names = [field.name for field in dataclasses.fields(tiles.Geometry)]
         return tiles.Geometry(**{name: getattr(self, name) for name in names})
 
+    @property
+    def inner_rule(self) -> Rule | None:
+        """What decides pairs inside partial tiles; None when the lists say it all."""
+        return None if self.is_uniform else self.rule
+
     def block_map(self) -> tiles.Mask:
         """Returns [*B, Hp, M, J] booleans, True where a tile is listed."""
-        listed = np.arange(self.kv_indices.shape[-1]) < self.kv_counts[..., None]
-        hits = self.kv_indices[..., None] == np.arange(self.geometry.key_blocks)
-        return (hits & listed[..., None]).any(-2)
+        return tiles.expand(self.kv_counts, self.kv_indices, self.geometry.key_blocks)
 
     def to_dense(self) -> tiles.Mask:
         """Returns the token mask [*B, Hp, T, S], for tests and for `reference`."""
@@ -207,7 +213,7 @@ class BlockMask:
         listed = listed[..., key // self.key_block_size]
         head = np.arange(listed.shape[-3])[:, None, None]
         position = query[:, None] + self.query_offset
-        pairs = tiles.rule_pairs(self.rule, head, position, key)
+        pairs = tiles.rule_pairs(self.inner_rule, head, position, key)
         return listed & geometry.pairs(position, key) & pairs
 
     def density(self) -> Float[Array, ""] | float:
@@ -244,6 +250,8 @@ class BlockMask:
         offset = self.query_offset if query_offset is None else query_offset
         return dataclasses.replace(
             self,
+            # Where the lists say it all, they keep saying it at another offset.
+            rule=self.inner_rule if query_offset is not None else self.rule,
             kv_kinds=self.kv_kinds.clip(max=PARTIAL),
             q_kinds=self.q_kinds.clip(max=PARTIAL),
             query_offset=tiles.as_scalar(offset),

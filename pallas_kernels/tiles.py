@@ -129,19 +129,34 @@ def rule_tiles(rule: Rule, geometry: Geometry, offset: Offset) -> tuple[Mask, Ma
     return active, full, is_uniform
 
 
-def compact(kinds: Indices) -> tuple[Indices, Indices, Indices]:
+def compact(kinds: Indices, most: int | None = None) -> tuple[Indices, Indices, Indices]:
     """Returns (counts, indices, kinds) of the nonzero entries along the last axis.
 
     Indices ascend and repeat the last valid one past the count. Their number is that
-    of the longest list on the host, the whole axis for traced values.
+    of the longest list on the host, the whole axis for traced values, or `most` when
+    a list is known not to be longer.
     """
     xp = namespace(kinds)
     counts = (kinds > 0).sum(-1).astype(np.int32)
-    capacity = max(1, int(counts.max())) if xp is np else kinds.shape[-1]
+    longest = kinds.shape[-1] if most is None else min(most, kinds.shape[-1])
+    capacity = max(1, int(counts.max())) if xp is np else longest
     order = xp.argsort(kinds == 0, axis=-1, stable=True)[..., :capacity]
     slot = xp.minimum(xp.arange(capacity), xp.maximum(counts[..., None] - 1, 0))
     indices = xp.take_along_axis(order, slot, axis=-1).astype(np.int32)
     return counts, indices, xp.take_along_axis(kinds, indices, axis=-1)
+
+
+def expand(counts: Indices, indices: Indices, length: int) -> Mask:
+    """Undoes `compact`: returns booleans [..., length], True where an index is listed."""
+    xp = namespace(indices)
+    listed = np.arange(indices.shape[-1]) < counts[..., None]
+    beyond = xp.where(listed, indices, length)
+    marks = xp.zeros((*indices.shape[:-1], length + 1), bool)
+    if xp is np:
+        np.put_along_axis(marks, beyond, True, axis=-1)
+    else:
+        marks = jnp.put_along_axis(marks, beyond, True, axis=-1, inplace=False)
+    return marks[..., :length]
 
 
 def _granules(length: int, tile: int, rule: Rule, offset: Offset) -> tuple[Indices, Indices]:

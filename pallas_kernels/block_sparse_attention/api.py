@@ -1,24 +1,21 @@
 """The public function: it checks its arguments and picks an implementation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention import reference, xla
+from pallas_kernels.block_sparse_attention import selection
+from pallas_kernels.block_sparse_attention.call import Call
 from pallas_kernels.block_sparse_attention.scores import Scores
+from pallas_kernels.block_sparse_attention.selection import Choice
 
 SegmentIds = tuple[Int[Array, "B T"], Int[Array, "B S"]]
 Output = Float[Array, "B T N H"]
 LogSumExp = Float[Array, "B T N"]
-
-# Best first. One that cannot run raises NotImplementedError and says why.
-_IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {
-    "xla": xla.attend,
-    "reference": reference.attend,
-}
 
 
 def block_sparse_attention(
@@ -58,8 +55,9 @@ def block_sparse_attention(
         logits_soft_cap: c > 0 in s <- c * tanh(s / c).
         query_offset: position of the first query, may be traced. None means that of
             block_mask, which is S - T unless it was built with another.
-        implementation: "xla", "reference", several to try in order, or None for the
-            best one that can run.
+        implementation: "pallas_tpu", "cudnn", "mosaic_gpu", "triton", "xla" or
+            "reference", several to try in order, or None for the best one that can run;
+            `explain` tells which that is.
         return_lse: also return log sum_j exp(s_ij), the natural logarithm, in float32
             or wider.
 
@@ -70,34 +68,60 @@ def block_sparse_attention(
         ValueError: arguments do not fit together, or implementation is unknown.
         NotImplementedError: no implementation asked for can run; says why.
     """
+    call = _checked(
+        query,
+        key,
+        value,
+        block_mask,
+        is_causal=is_causal,
+        window_size=window_size,
+        segment_ids=segment_ids,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+        query_offset=query_offset,
+        return_lse=return_lse,
+    )
+    choice = selection.choose(call, implementation)
+    if choice.taken is None:
+        raise NotImplementedError("; ".join(str(choice).splitlines()))
+    out, lse = selection.load(choice.taken).attend(call, choice.target)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    *arrays: Any, implementation: str | Sequence[str] | None = None, **options: Any
+) -> Choice:
+    """Returns which implementation `block_sparse_attention` takes, and why not others.
+
+    Pass what you would pass to `block_sparse_attention`, and print the result. For
+    arrays, what `jax.eval_shape` returns will do.
+
+    Raises:
+        ValueError: arguments do not fit together, or implementation is unknown.
+    """
+    return selection.choose(_checked(*arrays, **options), implementation)
+
+
+def _checked(
+    query: Array,
+    key: Array,
+    value: Array,
+    block_mask: BlockMask,
+    *,
+    is_causal: bool,
+    window_size: int | None = None,
+    segment_ids: tuple[Array, Array] | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    query_offset: tiles.Offset | None = None,
+    return_lse: bool = False,
+) -> Call:
     _check_arrays(query, key, value)
     _check_mask(query, key, block_mask)
     _check_segments(query, key, segment_ids)
     block_mask = block_mask.tightened(is_causal, window_size, query_offset)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = Scores(scale, logits_soft_cap)
-    reasons = []
-    for name in _names(implementation):
-        try:
-            out, lse = _IMPLEMENTATIONS[name](query, key, value, block_mask, segment_ids, scores)
-        except NotImplementedError as error:
-            reasons.append(f"{name}: {error}")
-        else:
-            return (out, lse) if return_lse else out
-    raise NotImplementedError("; ".join(reasons))
-
-
-def _names(implementation: str | Sequence[str] | None) -> Sequence[str]:
-    if implementation is None:
-        return tuple(_IMPLEMENTATIONS)
-    names = [implementation] if isinstance(implementation, str) else implementation
-    unknown = [name for name in names if name not in _IMPLEMENTATIONS]
-    if unknown or not names:
-        raise ValueError(
-            f"implementation={implementation!r} must name one or more of "
-            f"{tuple(_IMPLEMENTATIONS)}, or be None for the best available"
-        )
-    return names
+    scores = Scores(query.shape[-1] ** -0.5 if scale is None else scale, logits_soft_cap)
+    return Call(query, key, value, block_mask, segment_ids, scores, return_lse)
 
 
 def _check_arrays(query: Array, key: Array, value: Array) -> None:

@@ -5,25 +5,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.block_mask import BlockMask
-from pallas_kernels.block_sparse_attention.scores import Scores
+from pallas_kernels.block_sparse_attention.call import Call
+from pallas_kernels.targets import Target
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    block_mask: BlockMask,
-    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
-    scores: Scores,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+def refusal(call: Call, target: Target) -> None:
+    """Returns None: it runs everywhere."""
+
+
+def attend(call: Call, target: Target) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Returns (out, lse) from all [B, N, T, S] scores, in float32 or wider."""
+    query, key, value = call.query, call.key, call.value
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     num_heads = query.shape[2]
     group = num_heads // key.shape[2]
     key, value = (jnp.repeat(x.astype(dtype), group, axis=2) for x in (key, value))
     raw = jnp.einsum("btnh,bsnh->bnts", query.astype(dtype), key, precision="highest")
-    logits = scores.logits(raw)
-    mask = _token_mask(block_mask, segment_ids, num_heads)
+    logits = call.scores.logits(raw)
+    mask = _token_mask(call.block_mask, call.segment_ids, num_heads)
     lowest = jnp.finfo(dtype).min
     peak = jnp.max(logits, axis=-1, keepdims=True, where=mask, initial=lowest)
     peak = jax.lax.stop_gradient(peak)

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import jax
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import xla_loops
+from pallas_kernels.block_sparse_attention.call import Call
 from pallas_kernels.block_sparse_attention.rows import Layout
-from pallas_kernels.block_sparse_attention.scores import Scores
 from pallas_kernels.block_sparse_attention.xla_loops import Plan, Problem
+from pallas_kernels.targets import Target
 
 # Enough parallel work for an accelerator, 64 MiB in float32.
 _SCORES_IN_FLIGHT = 2**24
@@ -32,25 +32,23 @@ _Tiles = Float[Array, "U P H"]
 _Residuals = tuple[_Rows, _Tiles, _Tiles, Problem, _Rows, _Stats]
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    block_mask: BlockMask,
-    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
-    scores: Scores,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+def refusal(call: Call, target: Target) -> None:
+    """Returns None: it runs everywhere."""
+
+
+def attend(call: Call, target: Target) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Returns (out, lse)."""
-    layout = Layout.of(query, key, block_mask)
+    block_mask, segment_ids = call.block_mask, call.segment_ids
+    layout = Layout.of(call.query, call.key, block_mask)
     query_segments = key_segments = None
     if segment_ids is not None:
         query_segments = layout.query_segments(segment_ids[0])
         key_segments = layout.key_segments(segment_ids[1])
     out, lse = _attend_rows(
-        Plan(layout.geometry, block_mask.rule, scores, _lanes(layout)),
-        layout.query_rows(query),
-        layout.key_tiles(key),
-        layout.key_tiles(value),
+        Plan(layout.geometry, block_mask.inner_rule, call.scores, _lanes(layout)),
+        layout.query_rows(call.query),
+        layout.key_tiles(call.key),
+        layout.key_tiles(call.value),
         Problem(layout.lists(block_mask), query_segments, key_segments),
     )
     return layout.from_query_rows(out), layout.from_query_rows(lse)

@@ -147,7 +147,7 @@ def test_default_tiles(rule, tile):
     block_mask = BlockMask.from_rule(rule, 2000, is_causal=True)
     assert (block_mask.query_block_size, block_mask.key_block_size) == tile
     # Tiles that divide the rule's blocks leave nothing to decide inside.
-    assert block_mask.rule is None
+    assert block_mask.inner_rule is None
 
 
 def test_default_tiles_are_no_longer_than_the_tokens():

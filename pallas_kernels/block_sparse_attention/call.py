@@ -1,0 +1,31 @@
+"""What an implementation is asked to compute."""
+
+import dataclasses
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.block_sparse_attention.scores import Scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """The checked arguments of `block_sparse_attention`, defaults filled in.
+
+    Attributes:
+        query: queries.
+        key: keys.
+        value: values.
+        block_mask: the pattern, under the limits of this call.
+        segment_ids: of queries and keys, if given.
+        scores: scale and soft cap.
+        return_lse: whether the log-sum-exp is used.
+    """
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H"]
+    block_mask: BlockMask
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
+    scores: Scores
+    return_lse: bool
