@@ -5,19 +5,15 @@
     python benchmarks/attention.py --lengths 1024 --heads 2 --repeats 3
 
 Before anything is timed, every pattern is checked against the reference. Times are the
-median of several rounds on random float32 data, after one to warm up; every round runs
-all methods once, so that a busy machine slows all of them alike.
+median of several rounds on random float32 data, after two to warm up; every round runs
+all methods, so that a busy machine slows all of them alike.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterable
 
 import jax
@@ -26,6 +22,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from pallas_kernels.bench.timing import device, median_ms, table
 from sparseformer_jax import registry
 from sparseformer_jax.attention.base import Shard
 from sparseformer_jax.model.config import ModelConfig
@@ -43,8 +40,7 @@ OPTIONS = {
     "dense": {},
 }
 Arrays = tuple[jax.Array, ...]
-Pass = Callable[[], object]
-Key = tuple[str, str]
+Pass = Callable[[int], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,10 +183,7 @@ def jax_passes(method: str, length: int, heads: int) -> tuple[Pass, Pass]:
     arrays = data(length, heads)
     forward = forward_of(method, length, heads)
     runs = jax.jit(forward), jax.jit(both_of(forward))
-    return (
-        lambda: jax.block_until_ready(runs[0](*arrays[:3])),
-        lambda: jax.block_until_ready(runs[1](*arrays)),
-    )
+    return repeat(runs[0], *arrays[:3]), repeat(runs[1], *arrays)
 
 
 def torch_passes(method: str, length: int, heads: int) -> tuple[Pass, Pass]:
@@ -203,18 +196,17 @@ def torch_passes(method: str, length: int, heads: int) -> tuple[Pass, Pass]:
     inputs = [array.requires_grad_() for array in inputs]
     attention = torch.nn.functional.scaled_dot_product_attention
     forward = functools.partial(attention, *inputs, is_causal=True)
-    return forward, lambda: torch.autograd.grad(forward(), inputs, d_out)
+    return repeat(forward), repeat(lambda: torch.autograd.grad(forward(), inputs, d_out))
 
 
-def median_ms(passes: dict[Key, Pass], repeats: int, label: str) -> dict[Key, float]:
-    """Returns the median time of each pass over the rounds after the first."""
-    times = {key: [] for key in passes}
-    rounds = [key for _ in range(repeats + 1) for key in passes]
-    for key in tqdm(rounds, desc=label, unit="run"):
-        start = time.perf_counter()
-        passes[key]()
-        times[key].append(1e3 * (time.perf_counter() - start))
-    return {key: statistics.median(own[1:]) for key, own in times.items()}
+def repeat(function: Callable[..., object], *arguments: object) -> Pass:
+    """Returns a function that calls another so many times and waits."""
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            jax.block_until_ready(function(*arguments))
+
+    return run
 
 
 def measure_memory(methods: Iterable[str]) -> list[Result]:
@@ -230,21 +222,6 @@ def measure_memory(methods: Iterable[str]) -> list[Result]:
         mib = analysis.temp_size_in_bytes / 2**20
         results.append(Result(method, length, heads, temporary_mib=mib))
     return results
-
-
-def device() -> str:
-    """Returns one line on hardware and versions."""
-    cpu = pathlib.Path("/proc/cpuinfo")
-    names = [
-        line.split(":")[1].strip()
-        for line in (cpu.read_text().splitlines() if cpu.exists() else ())
-        if line.startswith("model name")
-    ]
-    versions = [f"jax {jax.__version__}", f"Python {platform.python_version()}"]
-    versions += [] if torch is None else [f"torch {torch.__version__}"]
-    kinds = ", ".join(sorted({d.device_kind for d in jax.devices()}))
-    cores = f"{os.cpu_count()} cores {names[0] if names else platform.machine()}"
-    return "; ".join([kinds, cores, *versions])
 
 
 def markdown(results: list[Result]) -> str:
@@ -264,12 +241,6 @@ def markdown(results: list[Result]) -> str:
         for r in results
     ]
     return table(header + [f"over {name}" for name in baselines], rows)
-
-
-def table(header: list[str], rows: list[list[object]]) -> str:
-    """Returns a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def plot(results: list[Result], path: pathlib.Path) -> None:

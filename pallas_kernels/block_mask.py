@@ -1,78 +1,33 @@
-"""BlockMask: which key blocks each query block attends to, and the transposed lists.
-
-The tables hold block numbers only. Facts about tokens (the causal triangle, the window,
-ragged ends, a rule finer than the tiles) are closed forms that a kernel evaluates
-inside tiles marked "partial"; a T x S mask never exists.
-"""
+"""BlockMask: which key blocks each query block attends to, and the transposed lists."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import tiles
+from pallas_kernels import block_maps, tiles
+from pallas_kernels.block_tables import FULL, PARTIAL, BlockTables
 from pallas_kernels.rules import Dense, Rule
 
-PARTIAL = 1
-FULL = 2
+__all__ = ["FULL", "PARTIAL", "BlockMask"]
 
 # (query, key) tiles. Small ones waste less of the causal triangle, large ones less time
 # on overhead: a short list wants the former, a long one the latter.
 _LARGEST_RULE_TILE = 128
 _DENSE_TILES = (512, 256)
 
-# An integer array, numpy's or JAX's, or what a tree transformation puts in its place.
-_Table = Any
-_BlockMap = Shaped[Array, "*B Hp M J"] | Shaped[np.ndarray, "*B Hp M J"]
-_STATIC = {"static": True}
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class BlockMask:
+class BlockMask(BlockTables):
     """The pattern of block-sparse attention: lists of the active tiles, both ways.
 
-    Build one with `from_rule` or `from_block_map`. The arrays are numpy's for a static
-    rule, or traced: learned selections, a traced offset. Hp pattern heads are 1, K or
-    N; M = ceil(T / query_block_size); J = ceil(S / key_block_size); C and R are the
-    capacities. Entries past the count repeat the last valid one. All tables may have a
-    batch axis in front.
-
-    Attributes:
-        kv_counts: [Hp, M], active key blocks of each query block.
-        kv_indices: [Hp, M, C], their numbers, ascending.
-        kv_kinds: [Hp, M, C], PARTIAL when some pair of the tile is masked, else FULL.
-        q_counts: [Hp, J], active query blocks of each key block.
-        q_indices: [Hp, J, R], their numbers, ascending.
-        q_kinds: [Hp, J, R], as kv_kinds.
-        query_offset: position of the first query on the axis where the first key is 0.
-        query_length: T in tokens.
-        key_length: S in tokens.
-        query_block_size: tokens in a query tile.
-        key_block_size: tokens in a key tile.
-        is_causal: tiles without any pair j <= i were dropped.
-        window_size: tiles without any pair |i - j| < window_size were dropped.
-        rule: the closed form that the lists came from, if they did.
-        is_uniform: the rule is constant on the pairs of every listed tile.
+    Build one with `from_rule`, `from_block_map` or `from_top_k`. The arrays are numpy's
+    for a static rule, or traced: learned selections, a traced offset; `BlockTables`
+    says what they hold. a & b and a | b are exact too, for masks of the same tiles: one
+    of the operands may have a single pattern head. They raise ValueError where no
+    BlockMask says the result: `|` of different limits, two rules inside tiles.
     """
-
-    kv_counts: _Table
-    kv_indices: _Table
-    kv_kinds: _Table
-    q_counts: _Table
-    q_indices: _Table
-    q_kinds: _Table
-    query_offset: _Table
-    query_length: int = dataclasses.field(metadata=_STATIC)
-    key_length: int = dataclasses.field(metadata=_STATIC)
-    query_block_size: int = dataclasses.field(metadata=_STATIC)
-    key_block_size: int = dataclasses.field(metadata=_STATIC)
-    is_causal: bool = dataclasses.field(metadata=_STATIC)
-    window_size: int | None = dataclasses.field(metadata=_STATIC)
-    rule: Rule | None = dataclasses.field(metadata=_STATIC)
-    is_uniform: bool = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def from_rule(
@@ -85,9 +40,10 @@ class BlockMask:
         *,
         is_causal: bool,
         window_size: int | None = None,
+        prefix_length: int = 0,
         query_offset: tiles.Offset | None = None,
     ) -> "BlockMask":
-        """Builds the tables of a closed-form rule in O(Hp M J) time.
+        """Builds the tables of a closed-form rule in O(Hp M J) time, but for sorting rows.
 
         They are built on the host, unless query_offset is traced.
 
@@ -102,11 +58,14 @@ class BlockMask:
                 `Dense`.
             is_causal: drop tiles without any pair j <= i.
             window_size: drop tiles without any pair |i - j| < window_size.
+            prefix_length: keys that causality does not hide (a prefix LM): keep
+                j < prefix_length beside j <= i, within the window and the rule.
             query_offset: position of the first query; None means S - T, which lets
                 the last query sit on the last key.
 
         Raises:
-            ValueError: a length or size is not positive.
+            ValueError: a length or size is not positive, or there is a prefix without
+                causality.
         """
         key_length = query_length if key_length is None else key_length
         if query_block_size is None:
@@ -120,15 +79,16 @@ class BlockMask:
             key_block_size,
             is_causal,
             window_size,
+            prefix_length,
         )
         offset = geometry.default_offset if query_offset is None else query_offset
         active, full, is_uniform = tiles.rule_tiles(rule, geometry, offset)
-        return cls._from_tiles(active, full, geometry, offset, rule, is_uniform)
+        return cls._from_tiles(active, full, geometry, offset, rule=rule, is_uniform=is_uniform)
 
     @classmethod
     def from_block_map(
         cls,
-        block_map: _BlockMap,
+        block_map: block_maps.Selection,
         query_length: int,
         key_length: int,
         query_block_size: int,
@@ -136,7 +96,9 @@ class BlockMask:
         *,
         is_causal: bool,
         window_size: int | None = None,
+        prefix_length: int = 0,
         query_offset: tiles.Offset | None = None,
+        capacity: int | None = None,
     ) -> "BlockMask":
         """Builds the tables of any selection of blocks, which may be traced.
 
@@ -150,11 +112,16 @@ class BlockMask:
             key_block_size: tokens in a key tile.
             is_causal: see `from_rule`.
             window_size: see `from_rule`.
+            prefix_length: see `from_rule`.
             query_offset: see `from_rule`.
+            capacity: most key blocks that a query block attends to; None means J. In a
+                traced map that asks for more, rows keep their first ones, in both
+                orientations, and `overflow` is True for the pattern head.
 
         Raises:
-            ValueError: block_map is not boolean or does not end in (M, J), or a length
-                or size is not positive.
+            ValueError: block_map is not boolean or does not end in (M, J), a length or
+                size is not positive, a numpy map exceeds the capacity, or there is a
+                prefix without causality.
         """
         geometry = tiles.Geometry(
             query_length,
@@ -163,11 +130,80 @@ class BlockMask:
             key_block_size,
             is_causal,
             window_size,
+            prefix_length,
         )
-        _check_block_map(block_map, geometry)
+        block_maps.check_block_map(block_map, geometry)
         offset = geometry.default_offset if query_offset is None else query_offset
-        active, full, _ = tiles.rule_tiles(Dense(), geometry, offset)
-        return cls._from_tiles(block_map & active, block_map & full, geometry, offset)
+        return cls._from_selection(block_map, geometry, offset, capacity)
+
+    @classmethod
+    def from_top_k(
+        cls,
+        indices: block_maps.Selection,
+        query_length: int,
+        key_length: int,
+        query_block_size: int,
+        key_block_size: int,
+        *,
+        is_causal: bool,
+        window_size: int | None = None,
+        prefix_length: int = 0,
+        query_offset: tiles.Offset | None = None,
+    ) -> "BlockMask":
+        """Builds the tables from the numbers of the key blocks of each query block.
+
+        Tiles that causality or the window hide are dropped.
+
+        Args:
+            indices: integers [Hp, M, k], a batch axis in front is optional: what
+                `jax.lax.top_k` returns, or any numbers, in any order. Negative ones
+                mean none, repeated ones count once. Traced ones of J or more are left
+                out, and `overflow` is True for the pattern head.
+            query_length: T in tokens.
+            key_length: S in tokens.
+            query_block_size: tokens in a query tile.
+            key_block_size: tokens in a key tile.
+            is_causal: see `from_rule`.
+            window_size: see `from_rule`.
+            prefix_length: see `from_rule`.
+            query_offset: see `from_rule`.
+
+        Raises:
+            ValueError: indices are not integers, do not end in (M, k) or, in a numpy
+                array, reach J; a length or size is not positive; or there is a prefix
+                without causality.
+        """
+        geometry = tiles.Geometry(
+            query_length,
+            key_length,
+            query_block_size,
+            key_block_size,
+            is_causal,
+            window_size,
+            prefix_length,
+        )
+        block_map, overflow = block_maps.from_indices(indices, geometry)
+        offset = geometry.default_offset if query_offset is None else query_offset
+        mask = cls._from_selection(block_map, geometry, offset, indices.shape[-1])
+        return dataclasses.replace(mask, overflow=mask.overflow | overflow)
+
+    @classmethod
+    def _from_selection(
+        cls,
+        block_map: tiles.Mask,
+        geometry: tiles.Geometry,
+        offset: tiles.Offset,
+        capacity: int | None,
+    ) -> "BlockMask":
+        seen, whole, _ = tiles.rule_tiles(Dense(), geometry, offset)
+        active, overflow = block_map & seen, None
+        if capacity is not None:
+            active, overflow = block_maps.cut(active, capacity)
+        return cls._from_tiles(
+            *(active, active & whole, geometry, offset),
+            capacities=(capacity, None),
+            overflow=overflow,
+        )
 
     @classmethod
     def _from_tiles(
@@ -176,51 +212,24 @@ class BlockMask:
         full: tiles.Mask,
         geometry: tiles.Geometry,
         offset: tiles.Offset,
+        *,
         rule: Rule | None = None,
         is_uniform: bool = True,
+        capacities: tuple[int | None, int | None] = (None, None),
+        overflow: block_maps.Overflow | None = None,
     ) -> "BlockMask":
+        """Lists tiles; capacities are what traced lists of keys and of queries hold."""
         partial = active.astype(np.int32) * PARTIAL
         kinds = partial + full.astype(np.int32) * (FULL - PARTIAL)
         return cls(
-            *tiles.compact(kinds),
-            *tiles.compact(kinds.swapaxes(-1, -2)),
+            *tiles.compact(kinds, capacities[0]),
+            *tiles.compact(kinds.swapaxes(-1, -2), capacities[1]),
+            overflow=np.zeros(kinds.shape[:-2], bool) if overflow is None else overflow,
             query_offset=tiles.as_scalar(offset),
             rule=rule,
             is_uniform=is_uniform,
             **dataclasses.asdict(geometry),
         )
-
-    @property
-    def geometry(self) -> tiles.Geometry:
-        """The lengths, tile sizes and limits."""
-        names = [field.name for field in dataclasses.fields(tiles.Geometry)]
-        return tiles.Geometry(**{name: getattr(self, name) for name in names})
-
-    @property
-    def inner_rule(self) -> Rule | None:
-        """What decides pairs inside partial tiles; None when the lists say it all."""
-        return None if self.is_uniform else self.rule
-
-    def block_map(self) -> tiles.Mask:
-        """Returns [*B, Hp, M, J] booleans, True where a tile is listed."""
-        return tiles.expand(self.kv_counts, self.kv_indices, self.geometry.key_blocks)
-
-    def to_dense(self) -> tiles.Mask:
-        """Returns the token mask [*B, Hp, T, S], for tests and for `reference`."""
-        geometry = self.geometry
-        query, key = np.arange(self.query_length), np.arange(self.key_length)
-        listed = self.block_map()[..., query // self.query_block_size, :]
-        listed = listed[..., key // self.key_block_size]
-        head = np.arange(listed.shape[-3])[:, None, None]
-        position = query[:, None] + self.query_offset
-        pairs = tiles.rule_pairs(self.inner_rule, head, position, key)
-        return listed & geometry.pairs(position, key) & pairs
-
-    def density(self) -> Float[Array, ""] | float:
-        """Returns listed tiles over those of dense attention with the same limits."""
-        dense, _, _ = tiles.rule_tiles(Dense(), self.geometry, self.query_offset)
-        patterns = self.kv_counts.size // self.geometry.query_blocks
-        return self.kv_counts.sum() / (patterns * dense.sum())
 
     def tightened(
         self,
@@ -259,6 +268,94 @@ class BlockMask:
             window_size=window_size,
         )
 
+    def transpose(self) -> "BlockMask":
+        """Returns the mask in which keys and queries have changed places.
+
+        `to_dense` is transposed too. The first query, once the first key, gets position
+        -query_offset.
+
+        Raises:
+            ValueError: a rule decides inside tiles, or there is a prefix.
+        """
+        if self.inner_rule is not None:
+            raise ValueError(
+                f"the rule {self.inner_rule} decides inside tiles, and has no transpose: "
+                "leave out the tile sizes, so that tiles follow its blocks"
+            )
+        return BlockMask(
+            self.q_counts,
+            self.q_indices,
+            self.q_kinds,
+            self.kv_counts,
+            self.kv_indices,
+            self.kv_kinds,
+            overflow=self.overflow,
+            query_offset=-self.query_offset,
+            rule=None,
+            is_uniform=True,
+            **dataclasses.asdict(self.geometry.transposed()),
+        )
+
+    def __and__(self, other: "BlockMask") -> "BlockMask":
+        rule = self._rule_beside(other, {self.inner_rule, other.inner_rule} - {None})
+        geometry = self.geometry & other.geometry
+        seen, _, _ = tiles.rule_tiles(Dense(), geometry, self.query_offset)
+        return self._from_tiles(
+            self.block_map() & other.block_map() & seen,
+            self.full_map() & other.full_map(),
+            geometry,
+            self.query_offset,
+            rule=rule,
+            is_uniform=rule is None,
+            capacities=(
+                min(self.kv_indices.shape[-1], other.kv_indices.shape[-1]),
+                min(self.q_indices.shape[-1], other.q_indices.shape[-1]),
+            ),
+            overflow=self.overflow | other.overflow,
+        )
+
+    def __or__(self, other: "BlockMask") -> "BlockMask":
+        rule = self._rule_beside(other, {self.inner_rule, other.inner_rule})
+        return self._from_tiles(
+            self.block_map() | other.block_map(),
+            self.full_map() | other.full_map(),
+            self.geometry | other.geometry,
+            self.query_offset,
+            rule=rule,
+            is_uniform=rule is None,
+            capacities=(
+                self.kv_indices.shape[-1] + other.kv_indices.shape[-1],
+                self.q_indices.shape[-1] + other.q_indices.shape[-1],
+            ),
+            overflow=self.overflow | other.overflow,
+        )
+
+    def _rule_beside(self, other: "BlockMask", rules: set[Rule | None]) -> Rule | None:
+        """Returns the one rule that is to decide inside tiles, once sure that it does."""
+        heads = (self.overflow.shape, other.overflow.shape)
+        try:
+            pattern_heads = np.broadcast_shapes(*heads)[-1]
+        except ValueError as error:
+            raise ValueError(
+                f"[batch and] pattern heads are {heads[0]} on the left, {heads[1]} on the "
+                "right: masks combine when these are equal or 1"
+            ) from error
+        offsets = (self.query_offset, other.query_offset)
+        is_traced = any(isinstance(offset, jax.core.Tracer) for offset in offsets)
+        if offsets[0] is not offsets[1] and (is_traced or offsets[0] != offsets[1]):
+            raise ValueError(
+                f"query_offset={offsets[0]} on the left, query_offset={offsets[1]} on the "
+                "right; build both masks with the same, if traced, one int32 array"
+            )
+        rule = next(iter(rules), None)
+        if len(rules) > 1 or (rule is not None and rule.pattern_heads != pattern_heads):
+            raise ValueError(
+                f"inside tiles decides {self.inner_rule} on the left, {other.inner_rule} on "
+                f"the right; no one rule does for {pattern_heads} pattern heads: leave out the "
+                "tile sizes, so that tiles follow the blocks of the rules"
+            )
+        return rule
+
 
 def _default_tile(rule: Rule, length: int, dense: int) -> int:
     tile = rule.block_size
@@ -267,15 +364,3 @@ def _default_tile(rule: Rule, length: int, dense: int) -> int:
     while tile % 2 == 0 and tile > _LARGEST_RULE_TILE:
         tile //= 2
     return min(tile, length)
-
-
-def _check_block_map(block_map: _BlockMap, geometry: tiles.Geometry) -> None:
-    expected = (geometry.query_blocks, geometry.key_blocks)
-    if block_map.ndim not in (3, 4) or block_map.shape[-2:] != expected:
-        raise ValueError(
-            f"block_map has shape {block_map.shape}, but these lengths and sizes make "
-            f"{expected[0]} query blocks and {expected[1]} key blocks: pass "
-            f"[heads, {expected[0]}, {expected[1]}], a batch axis in front is optional"
-        )
-    if block_map.dtype != bool:
-        raise ValueError(f"block_map has dtype {block_map.dtype}: pass booleans, True = attended")

@@ -92,16 +92,16 @@ def refusal(block_mask: BlockMask, query_tile: int, key_tile: int) -> str | None
 def key_lists(block_mask: BlockMask, tiling: Tiling, segments: "Segments | None") -> Lists:
     """Returns the key tiles that each query tile meets."""
     bits, listed = _tile_bits(block_mask, tiling, segments)
-    spread = -(-block_mask.key_block_size // tiling.key_tile)
-    merged = -(-tiling.query_tile // block_mask.query_block_size)
+    spread = _most_met(block_mask.key_block_size, tiling.key_tile)
+    merged = _most_met(tiling.query_tile, block_mask.query_block_size)
     return _compact(bits, listed, block_mask.kv_indices.shape[-1] * spread * merged)
 
 
 def query_lists(block_mask: BlockMask, tiling: Tiling, segments: "Segments | None") -> Lists:
     """Returns the query tiles that each key tile meets."""
     bits, listed = (x.swapaxes(-1, -2) for x in _tile_bits(block_mask, tiling, segments))
-    spread = -(-block_mask.query_block_size // tiling.query_tile)
-    merged = -(-tiling.key_tile // block_mask.key_block_size)
+    spread = _most_met(block_mask.query_block_size, tiling.query_tile)
+    merged = _most_met(tiling.key_tile, block_mask.key_block_size)
     return _compact(bits, listed, block_mask.q_indices.shape[-1] * spread * merged)
 
 
@@ -110,6 +110,11 @@ class Segments(NamedTuple):
 
     query: Int[Array, "B T"]
     key: Int[Array, "B S"]
+
+
+def _most_met(size: int, other: int) -> int:
+    """Returns how many tiles of one axis, cut into other, a tile of size can touch."""
+    return (other - math.gcd(size, other) + size - 1) // other + 1
 
 
 def _compact(bits: _Table, listed: tiles.Mask, most: int) -> Lists:

@@ -2,7 +2,7 @@
 
 A rule answers one question, "may pattern head h let query block m see key block n?",
 for arrays of heads and blocks that broadcast against each other. It never sees a
-token: causality, windows and lengths are added by `BlockMask`.
+token: causality, a prefix, windows and lengths are added by `BlockMask`.
 """
 
 import dataclasses

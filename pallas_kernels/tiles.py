@@ -5,7 +5,6 @@ offset or selection): the namespace follows the arguments, so there is one
 implementation of each.
 """
 
-import dataclasses
 from types import ModuleType
 
 import jax
@@ -13,68 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.geometry import Geometry, Indices, Mask
 from pallas_kernels.rules import Rule
 
 Offset = int | np.integer | Int[np.ndarray, ""] | Int[Array, ""]
-Mask = Bool[np.ndarray, "..."] | Bool[Array, "..."]
-Indices = Int[np.ndarray, "..."] | Int[Array, "..."]
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Lengths and tile sizes in tokens, and the limits that hold for every pair.
-
-    Attributes:
-        query_length: T.
-        key_length: S.
-        query_block_size: tokens in a query tile.
-        key_block_size: tokens in a key tile.
-        is_causal: pairs have j <= i.
-        window_size: pairs have |i - j| < window_size, if given.
-
-    Raises:
-        ValueError: a length or size is not positive.
-    """
-
-    query_length: int
-    key_length: int
-    query_block_size: int
-    key_block_size: int
-    is_causal: bool
-    window_size: int | None
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if name != "is_causal" and value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-
-    @property
-    def query_blocks(self) -> int:
-        """M; the last tile may be ragged."""
-        return -(-self.query_length // self.query_block_size)
-
-    @property
-    def key_blocks(self) -> int:
-        """J; the last tile may be ragged."""
-        return -(-self.key_length // self.key_block_size)
-
-    @property
-    def default_offset(self) -> int:
-        """S - T: the last query sits on the last key."""
-        return self.key_length - self.query_length
-
-    @property
-    def reach(self) -> tuple[int, int]:
-        """Smallest and largest i - j of a visible pair."""
-        unlimited = 2**30  # Far beyond any length, and int32 sums stay clear of 2^31.
-        back = unlimited if self.window_size is None else self.window_size - 1
-        return (0 if self.is_causal else -back), back
-
-    def pairs(self, query_position: Indices, key_position: Indices) -> Mask:
-        """Returns which pairs causality and the window allow; arguments broadcast."""
-        least, most = self.reach
-        distance = query_position - key_position
-        return (distance >= least) & (distance <= most)
 
 
 def namespace(array: object) -> ModuleType:
@@ -114,9 +55,7 @@ def rule_tiles(rule: Rule, geometry: Geometry, offset: Offset) -> tuple[Mask, Ma
     )
     query_low, query_high = query_low[:, :, None, None], query_high[:, :, None, None]
     key_low, key_high = _granules(geometry.key_length, geometry.key_block_size, rule, 0)
-    least, most = geometry.reach
-    some = (query_high - key_low >= least) & (query_low - key_high <= most)
-    every = (query_low - key_high >= least) & (query_high - key_low <= most)
+    some, every = geometry.spans(query_low, query_high, key_low, key_high)
     heads = np.arange(rule.pattern_heads, dtype=np.int32)[:, None, None, None, None]
     allowed = rule_pairs(rule, heads, query_low, key_low)
     allowed = xp.broadcast_to(allowed, (rule.pattern_heads, *some.shape))
@@ -137,20 +76,28 @@ def compact(kinds: Indices, most: int | None = None) -> tuple[Indices, Indices, 
     a list is known not to be longer.
     """
     xp = namespace(kinds)
+    length = kinds.shape[-1]
     counts = (kinds > 0).sum(-1).astype(np.int32)
-    longest = kinds.shape[-1] if most is None else min(most, kinds.shape[-1])
-    capacity = max(1, int(counts.max())) if xp is np else longest
-    order = xp.argsort(kinds == 0, axis=-1, stable=True)[..., :capacity]
-    slot = xp.minimum(xp.arange(capacity), xp.maximum(counts[..., None] - 1, 0))
-    indices = xp.take_along_axis(order, slot, axis=-1).astype(np.int32)
+    longest = length if most is None else min(most, length)
+    capacity = max(1, int(counts.max()) if xp is np else longest)
+    # Sorted rows of numbers: accelerators scatter far slower than they sort.
+    numbers = xp.where(kinds > 0, np.arange(length, dtype=np.int32), length)
+    numbers = xp.sort(numbers, axis=-1)[..., :capacity]
+    # What an empty row repeats is 0.
+    last = xp.take_along_axis(numbers, (counts[..., None] - 1).clip(0), axis=-1)
+    indices = xp.minimum(numbers, last % length).astype(np.int32)
     return counts, indices, xp.take_along_axis(kinds, indices, axis=-1)
 
 
 def expand(counts: Indices, indices: Indices, length: int) -> Mask:
     """Undoes `compact`: returns booleans [..., length], True where an index is listed."""
+    return scatter(np.arange(indices.shape[-1]) < counts[..., None], indices, length)
+
+
+def scatter(marked: Mask, indices: Indices, length: int) -> Mask:
+    """Returns booleans [..., length], True at the indices that are marked."""
     xp = namespace(indices)
-    listed = np.arange(indices.shape[-1]) < counts[..., None]
-    beyond = xp.where(listed, indices, length)
+    beyond = xp.where(marked, indices, length)
     marks = xp.zeros((*indices.shape[:-1], length + 1), bool)
     if xp is np:
         np.put_along_axis(marks, beyond, True, axis=-1)

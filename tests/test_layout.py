@@ -15,7 +15,7 @@ FILES = sorted(
 )
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 100
-FORBIDDEN_IMPORTS = {"tensorflow", "torch", "pickle", "cloudpickle"}
+FORBIDDEN_IMPORTS = {"tensorflow", "pickle", "cloudpickle"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -80,7 +80,9 @@ def test_nothing_imports(library):
 
 def test_libraries_behind_one_file_each():
     assert importers("orbax") <= {"sparseformer_jax/training/checkpoint.py"}
-    assert {pathlib.Path(file).name for file in importers("jax_triton")} <= {"triton.py"}
+    assert importers("jax_triton") <= {"pallas_kernels/triton_call.py"}
+    # What is timed beside our kernels, where it is installed.
+    assert importers("torch") <= {"pallas_kernels/bench/torch_attention.py"}
 
 
 @pytest.mark.parametrize("name", registry.names("attention"))

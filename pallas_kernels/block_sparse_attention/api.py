@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention import selection
-from pallas_kernels.block_sparse_attention.call import Call
-from pallas_kernels.block_sparse_attention.scores import Scores
-from pallas_kernels.block_sparse_attention.selection import Choice
+from pallas_kernels.block_sparse_attention.arguments import checked
+from pallas_kernels.block_sparse_attention.selection import IMPLEMENTATIONS
+from pallas_kernels.selection import Choice
 
 SegmentIds = tuple[Int[Array, "B T"], Int[Array, "B S"]]
 Output = Float[Array, "B T N H"]
@@ -48,7 +48,8 @@ def block_sparse_attention(
         key: keys in K heads.
         value: values, shaped like the keys.
         block_mask: the pattern; it has 1, K or N pattern heads.
-        is_causal: keep j <= i, with i counted from query_offset.
+        is_causal: keep j <= i, with i counted from query_offset, and the prefix of
+            block_mask if it has one.
         window_size: keep |i - j| < window_size.
         segment_ids: integers for queries and for keys; keep pairs with equal ones.
         scale: None means 1 / sqrt(H).
@@ -68,7 +69,7 @@ def block_sparse_attention(
         ValueError: arguments do not fit together, or implementation is unknown.
         NotImplementedError: no implementation asked for can run; says why.
     """
-    call = _checked(
+    call = checked(
         query,
         key,
         value,
@@ -81,100 +82,34 @@ def block_sparse_attention(
         query_offset=query_offset,
         return_lse=return_lse,
     )
-    choice = selection.choose(call, implementation)
-    if choice.taken is None:
-        raise NotImplementedError("; ".join(str(choice).splitlines()))
-    out, lse = selection.load(choice.taken).attend(call, choice.target)
+    choice = IMPLEMENTATIONS.choose(call, implementation)
+    out, lse = selection.load(choice.required()).attend(call, choice.target)
     return (out, lse) if return_lse else out
 
 
 def explain(
-    *arrays: Any, implementation: str | Sequence[str] | None = None, **options: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    block_mask: BlockMask,
+    *,
+    segment_ids: Any = None,
+    implementation: str | Sequence[str] | None = None,
+    **options: Any,
 ) -> Choice:
     """Returns which implementation `block_sparse_attention` takes, and why not others.
 
-    Pass what you would pass to `block_sparse_attention`, and print the result. For
-    arrays, what `jax.eval_shape` returns will do.
+    Pass what you would pass to `block_sparse_attention`, and print the result. Nothing
+    is computed: `jax.ShapeDtypeStruct` will do for arrays.
 
     Raises:
         ValueError: arguments do not fit together, or implementation is unknown.
     """
-    return selection.choose(_checked(*arrays, **options), implementation)
+    choices = []
 
+    def choose(query: Array, key: Array, value: Array, segment_ids: SegmentIds | None) -> None:
+        call = checked(query, key, value, block_mask, segment_ids=segment_ids, **options)
+        choices.append(IMPLEMENTATIONS.choose(call, implementation))
 
-def _checked(
-    query: Array,
-    key: Array,
-    value: Array,
-    block_mask: BlockMask,
-    *,
-    is_causal: bool,
-    window_size: int | None = None,
-    segment_ids: tuple[Array, Array] | None = None,
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
-    query_offset: tiles.Offset | None = None,
-    return_lse: bool = False,
-) -> Call:
-    _check_arrays(query, key, value)
-    _check_mask(query, key, block_mask)
-    _check_segments(query, key, segment_ids)
-    block_mask = block_mask.tightened(is_causal, window_size, query_offset)
-    scores = Scores(query.shape[-1] ** -0.5 if scale is None else scale, logits_soft_cap)
-    return Call(query, key, value, block_mask, segment_ids, scores, return_lse)
-
-
-def _check_arrays(query: Array, key: Array, value: Array) -> None:
-    for name, array in {"query": query, "key": key, "value": value}.items():
-        if array.ndim != 4:
-            raise ValueError(
-                f"{name} has shape {array.shape}: pass [batch, length, heads, head_dim]"
-            )
-        if array.dtype != query.dtype or not jnp.issubdtype(query.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} is {array.dtype}, query {query.dtype}: cast query, key and "
-                "value to one floating dtype"
-            )
-    if key.shape != value.shape:
-        raise ValueError(f"value has shape {value.shape}, key {key.shape}: pass equal shapes")
-    batch, _, num_heads, head_dim = query.shape
-    if (key.shape[0], key.shape[3]) != (batch, head_dim) or num_heads % key.shape[2]:
-        raise ValueError(
-            f"key has shape {key.shape}, query {query.shape}: pass equal batch and "
-            "head_dim, and key heads that divide the query heads"
-        )
-
-
-def _check_mask(query: Array, key: Array, block_mask: BlockMask) -> None:
-    lengths = (query.shape[1], key.shape[1])
-    built = (block_mask.query_length, block_mask.key_length)
-    if lengths != built:
-        raise ValueError(
-            f"block_mask was built for {built[0]} queries and {built[1]} keys, but "
-            f"there are {lengths[0]} and {lengths[1]}: build it for these lengths"
-        )
-    *batch, pattern_heads, _ = block_mask.kv_counts.shape
-    choices = sorted({1, key.shape[2], query.shape[2]})
-    if pattern_heads not in choices:
-        raise ValueError(
-            f"block_mask has {pattern_heads} pattern heads: these heads of query and "
-            f"key need one of {choices}"
-        )
-    if batch and batch[0] not in (1, query.shape[0]):
-        raise ValueError(
-            f"block_mask has batch {batch[0]}, query has {query.shape[0]}: build it "
-            "for that batch, or for 1"
-        )
-
-
-def _check_segments(query: Array, key: Array, segment_ids: tuple[Array, Array] | None) -> None:
-    if segment_ids is None:
-        return
-    shapes = (query.shape[:2], key.shape[:2])
-    given = [(ids.shape, jnp.issubdtype(ids.dtype, jnp.integer)) for ids in segment_ids]
-    if given != [(shape, True) for shape in shapes]:
-        listed = ", ".join(f"{ids.dtype}{list(ids.shape)}" for ids in segment_ids)
-        raise ValueError(
-            f"segment_ids are ({listed}): pass integers (query {list(shapes[0])}, key "
-            f"{list(shapes[1])})"
-        )
+    jax.eval_shape(choose, query, key, value, segment_ids)
+    return choices[0]

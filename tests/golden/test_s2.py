@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import BlockMask, Strided, block_sparse_attention
-from pallas_kernels.block_mask import FULL, PARTIAL
+from pallas_kernels import BlockMask, Strided, block_sparse_attention, kernel_tables, targets
+from pallas_kernels.block_mask import FULL
+from pallas_kernels.kernel_tables import Tiling
+from pallas_kernels.targets import Target
 from tests.golden import loading
+from tests.pallas_kernels import gpu_interpreter
 
 SETTINGS = loading.settings("s2")
 LAYOUTS = loading.arrays("s2", "layouts.npz")
@@ -123,9 +126,8 @@ def test_token_mask(case):
     np.testing.assert_array_equal(np.broadcast_to(actual, expected.shape), expected)
 
 
-@by_key(SETTINGS["attention"])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_attention(case, implementation):
+def compare_attention(case, implementation, dtype=np.float32, atol=1e-5):
+    """Compares output, lse and gradients with those of the official kernels."""
     stored = {
         name: ATTENTION[f"{case['key']}_{name}"]
         for name in ("q", "k", "v", "do", "out", "lse", "dq", "dk", "dv")
@@ -149,16 +151,56 @@ def test_attention(case, implementation):
         (out, lse), pull = jax.vjp(attend, q, k, v)
         return out, lse.swapaxes(1, 2), *pull((d_out, lse * 0))
 
-    results = outputs_and_gradients(*(stored[name] for name in ("q", "k", "v", "do")))
+    inputs = [stored[name].astype(dtype) for name in ("q", "k", "v", "do")]
+    results = outputs_and_gradients(*inputs)
     official = case["max_abs_diff_vs_float64_dense_reference"]
     for name, result in zip(("out", "lse", "dq", "dk", "dv"), results, strict=True):
         np.testing.assert_allclose(
-            result, stored[name], rtol=1e-5, atol=1e-5 + official[name], err_msg=name
+            result, stored[name], rtol=atol, atol=atol + official[name], err_msg=name
+        )
+
+
+@by_key(SETTINGS["attention"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_attention(case, implementation):
+    """Triton's kernels have an interpreter of their own, and so a test of their own."""
+    compare_attention(case, implementation)
+
+
+@by_key(SETTINGS["attention"])
+def test_attention_on_tpu(case):
+    with targets.use(Target("tpu", interpret=True)):
+        compare_attention(case, "pallas_tpu")
+
+
+@by_key(SETTINGS["attention"])
+def test_attention_on_hopper(case, monkeypatch):
+    """In float16, as WGMMA would round float32."""
+    gpu_interpreter.compile_once(monkeypatch)
+    with targets.use(Target("cuda", "NVIDIA H200", 90, interpret=True)):
+        compare_attention(case, "mosaic_gpu", np.float16, 4 * np.finfo(np.float16).eps)
+
+
+def assert_flex_attention_tables(case, table, counts, indices, is_full):
+    """Compares lists of tiles, split into partial and full ones, with the stored tables."""
+    listed = np.arange(indices.shape[-1]) < counts[..., None]
+    for prefix, wanted in (("", listed & ~is_full), ("full_", listed & is_full)):
+        stored = f"{case['key']}_{prefix}{table}"
+        stored_counts = TABLES[f"{stored}_num_blocks"]
+        stored_indices = TABLES[f"{stored}_indices"]
+        actual = np.broadcast_to(wanted.sum(-1), stored_counts.shape)
+        np.testing.assert_array_equal(actual, stored_counts)
+        slots = np.arange(stored_indices.shape[-1]) < stored_counts[..., None]
+        every_head = (*stored_counts.shape, indices.shape[-1])
+        chosen = np.broadcast_to(wanted, every_head)
+        np.testing.assert_array_equal(
+            np.broadcast_to(indices, every_head)[chosen], stored_indices[slots]
         )
 
 
 @by_key(SETTINGS["block_tables"])
-def test_flex_attention_tables(case):
+@pytest.mark.parametrize("table", ["kv", "q"])
+def test_flex_attention_tables(case, table):
     block_mask = BlockMask.from_rule(
         strided(case),
         case["seqlen"],
@@ -167,22 +209,17 @@ def test_flex_attention_tables(case):
         case["kv_tile"],
         is_causal=case.get("causal", True),
     )
-    for table in ("kv", "q"):
-        counts = getattr(block_mask, f"{table}_counts")
-        indices = getattr(block_mask, f"{table}_indices")
-        kinds = getattr(block_mask, f"{table}_kinds")
-        listed = np.arange(indices.shape[-1]) < counts[..., None]
-        for prefix, kind in (("", PARTIAL), ("full_", FULL)):
-            stored = f"{case['key']}_{prefix}{table}"
-            stored_counts = TABLES[f"{stored}_num_blocks"]
-            stored_indices = TABLES[f"{stored}_indices"]
-            wanted = listed & (kinds == kind)
-            actual = np.broadcast_to(wanted.sum(-1), stored_counts.shape)
-            np.testing.assert_array_equal(actual, stored_counts)
-            slots = np.arange(stored_indices.shape[-1]) < stored_counts[..., None]
-            np.testing.assert_array_equal(
-                np.broadcast_to(indices, (*stored_counts.shape, indices.shape[-1]))[
-                    np.broadcast_to(wanted, (*stored_counts.shape, wanted.shape[-1]))
-                ],
-                stored_indices[slots],
-            )
+    counts, indices, kinds = (
+        getattr(block_mask, f"{table}_{name}") for name in ("counts", "indices", "kinds")
+    )
+    assert_flex_attention_tables(case, table, counts, indices, kinds == FULL)
+
+
+@by_key(SETTINGS["block_tables"])
+@pytest.mark.parametrize("table", ["kv", "q"])
+def test_flex_attention_tables_in_tiles_of_kernels(case, table):
+    """The lists that the kernels read, cut from a mask in the rule's own blocks."""
+    tiling = Tiling.of(attention_mask(case), case["q_tile"], case["kv_tile"])
+    cut = {"kv": kernel_tables.key_lists, "q": kernel_tables.query_lists}[table]
+    counts, indices, bits = (x[0] for x in cut(attention_mask(case), tiling, None))
+    assert_flex_attention_tables(case, table, counts, indices, bits == kernel_tables.FULL)

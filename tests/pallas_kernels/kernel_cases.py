@@ -64,6 +64,11 @@ CASES = {
     ),
     "pattern_per_batch": Case(_random((2, 2, 4, 4), 250, 256, 64), 2, heads=4, kv_heads=2),
     "window": Case(_random((1, 4, 4), 256, 256, 64, is_causal=True, window_size=75)),
+    "prefix": Case(_rule(Local(64, left=2, right=9), 250, prefix_length=130), heads=4, kv_heads=2),
+    "prefix_dense": Case(_rule(Dense(), 230, 230, 64, 64, prefix_length=100)),
+    "transposed": Case(
+        lambda: BlockMask.from_rule(Dense(), 256, 200, 64, 64, is_causal=True).transpose()
+    ),
     "segments": Case(
         _rule(Local(64, left=3), 250), batch=2, heads=2, kv_heads=1, segments=3, soft_cap=1.5
     ),

@@ -18,24 +18,27 @@ RULES = {
     "relative": Strided(8, 2, num_heads=4, left=2, stripes="relative"),
     "homo": Strided(16, 2, num_heads=4, homo_head=True, step=0),
 }
-# Queries, keys, query tile, key tile, offset, causal, window.
+# Queries, keys, query tile, key tile, offset, causal, window, prefix.
 PROBLEMS = [
-    (50, 50, 8, 8, None, True, None),
-    (48, 48, 16, 8, None, False, None),
-    (41, 70, 16, 12, None, True, 9),
-    (40, 64, 8, 16, -13, False, 11),
-    (33, 47, 5, 7, 20, True, None),
+    (50, 50, 8, 8, None, True, None, 0),
+    (48, 48, 16, 8, None, False, None, 0),
+    (41, 70, 16, 12, None, True, 9, 0),
+    (40, 64, 8, 16, -13, False, 11, 0),
+    (33, 47, 5, 7, 20, True, None, 0),
+    (50, 50, 8, 8, None, True, None, 21),
+    (41, 43, 16, 12, -5, True, 9, 24),
+    (33, 47, 5, 7, 0, True, 40, 99),
 ]
 
 
-def tokens(rule, queries, keys, offset, is_causal, window):
+def tokens(rule, queries, keys, offset, is_causal, window, prefix=0):
     """The definition, token by token: [Hp, T, S]."""
     position, key = np.arange(queries)[:, None] + offset, np.arange(keys)
     size = rule.block_size or 1
     head = np.arange(rule.pattern_heads)[:, None, None]
     mask = rule.visible(head, position // size, key // size)
     mask = np.broadcast_to(mask, (rule.pattern_heads, queries, keys))
-    mask = mask & ((key <= position) if is_causal else True)
+    mask = mask & (((key <= position) | (key < prefix)) if is_causal else True)
     return mask & ((abs(position - key) < window) if window else True)
 
 
@@ -67,16 +70,17 @@ def kinds_map(block_mask, table, length):
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_rule_says_what_its_tokens_say(rule, problem):
-    queries, keys, query_tile, key_tile, offset, is_causal, window = problem
+    queries, keys, query_tile, key_tile, offset, is_causal, window, prefix = problem
     block_mask = BlockMask.from_rule(
         rule,
         *(queries, keys, query_tile, key_tile),
         is_causal=is_causal,
         window_size=window,
+        prefix_length=prefix,
         query_offset=offset,
     )
     offset = keys - queries if offset is None else offset
-    expected = tokens(rule, queries, keys, offset, is_causal, window)
+    expected = tokens(rule, queries, keys, offset, is_causal, window, prefix)
     np.testing.assert_array_equal(block_mask.to_dense(), expected)
     some = by_tile(expected, query_tile, key_tile, np.any)
     every = by_tile(expected, query_tile, key_tile, np.all)
@@ -207,6 +211,14 @@ def test_no_table_grows_with_tokens():
             "window_size=0 must be at least 1",
         ),
         (
+            lambda: BlockMask.from_rule(Dense(), 8, is_causal=True, prefix_length=-1),
+            "prefix_length=-1 must not be negative",
+        ),
+        (
+            lambda: BlockMask.from_rule(Dense(), 8, is_causal=False, prefix_length=4),
+            "prefix_length=4 lifts causality.*pass is_causal=True",
+        ),
+        (
             lambda: BlockMask.from_block_map(
                 np.ones((1, 2, 3), bool), 16, 16, 8, 8, is_causal=True
             ),
@@ -257,9 +269,9 @@ def test_flex_attention_makes_the_same_tables(seed):
         np.testing.assert_array_equal(np.nonzero(kinds == kind)[-1], indices[slots])
 
 
-def test_tables_are_integers_on_the_host():
+def test_tables_of_a_static_rule_are_on_the_host():
     block_mask = BlockMask.from_rule(RULES["strided"], 64, is_causal=True)
     for leaf in jax.tree.leaves(block_mask):
         assert isinstance(leaf, np.ndarray)
-        assert leaf.dtype == np.int32
+        assert leaf.dtype == (bool if leaf is block_mask.overflow else np.int32)
     assert jnp.asarray(block_mask.query_offset) == 0

@@ -1,0 +1,32 @@
+"""The kernels as `differentiable.Backend` wants them.
+
+The backward pass has one kernel for dQ, over key lists, and one for dK and dV, over
+query lists: each gradient is summed by one warpgroup in one order.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
+from pallas_kernels.block_sparse_attention.mosaic_gpu import softmax
+from pallas_kernels.block_sparse_attention.mosaic_gpu.backward_key import key_gradients
+from pallas_kernels.block_sparse_attention.mosaic_gpu.backward_query import query_gradient
+from pallas_kernels.block_sparse_attention.mosaic_gpu.forward import forward
+
+__all__ = ["backward", "forward"]
+
+
+def backward(
+    plan: Plan,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    tables: Tables,
+    lse: Float[Array, "B N T"],
+    shift: Float[Array, "B N T"],
+    d_out: Float[Array, "B T N H"],
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns (dQ, dK, dV), see `differentiable.Backend`."""
+    statistics = jnp.stack([lse * softmax.LOG2_E, shift], axis=2)
+    arrays = (query, key, value, d_out.astype(query.dtype), statistics)
+    return query_gradient(plan, *arrays, tables), *key_gradients(plan, *arrays, tables)

@@ -1,0 +1,169 @@
+"""The forward kernel: 64 query rows a warpgroup, keys and values streamed by TMA."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
+from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, softmax
+from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask, Turns
+from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
+from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import Ring, tile_scratch
+from pallas_kernels.block_sparse_attention.mosaic_gpu.rows import Rows
+from pallas_kernels.block_sparse_attention.mosaic_gpu.softmax import Running
+from pallas_kernels.block_sparse_attention.mosaic_gpu.warpgroup import ROWS, Warpgroup, along_rows
+
+_Number = Int[Array, ""]
+_State = tuple[Float[Array, "64 H"], Running]
+
+
+def forward(
+    plan: Plan,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    tables: Tables,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Returns (out, lse), see `differentiable.Backend`."""
+    batch, length, heads, head_dim = query.shape
+    tiling, stages = plan.forward, plan.options.forward_stages
+    warpgroups = tiling.query_tile // ROWS
+    ring = Ring.scratch(stages, (tiling.key_tile, head_dim), key.dtype, warpgroups)
+    out, lse = kernels.launch(
+        lambda *refs: _kernel(plan, *refs),
+        (query, key, value),
+        tables.forward,
+        tables,
+        target=plan.target,
+        outputs=(
+            jax.ShapeDtypeStruct(query.shape, query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+        scratch=(
+            tile_scratch((warpgroups, ROWS, head_dim), query.dtype),
+            plgpu.SMEM((warpgroups, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=warpgroups),
+            ring,
+            ring,
+            plgpu.Barrier(num_arrivals=warpgroups),
+        ),
+        grid=(batch, heads, length // tiling.query_tile),
+        compute_warpgroups=warpgroups,
+    )
+    return out, lse
+
+
+def _kernel(
+    plan: Plan,
+    arrays: tuple[Any, ...],
+    mask: Mask,
+    outputs: tuple[Any, ...],
+    queries: Any,
+    lse: Any,
+    queries_ready: Any,
+    keys: Any,
+    values: Any,
+    turns: Any,
+) -> None:
+    """One tile of queries; see `forward` for the scratch."""
+    query_ref, key_ref, value_ref = arrays
+    out_ref, lse_ref = outputs
+    tiling, heads = plan.forward, query_ref.shape[2]
+    warpgroups = tiling.query_tile // ROWS
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    # Under causality the last tiles have the longest lists: they start first.
+    tile = query_ref.shape[1] // tiling.query_tile - 1 - lax.axis_index("tile")
+    entries = Entries.of(mask.lists, batch, head, heads, tile)
+    keys, values = Ring(*keys), Ring(*values)
+
+    def compute(index: _Number) -> None:
+        warpgroup = Warpgroup(bool(plan.target.interpret))
+        rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, True), mask, batch, tile, index)
+        place = pl.ds(rows.start, ROWS)
+        own = queries.at[index]
+        plgpu.copy_gmem_to_smem(query_ref.at[batch, place, head], own, queries_ready.at[index])
+        plgpu.barrier_wait(queries_ready.at[index])
+        step = _Step(plan, rows, own, keys, values, Turns.of(turns, index, warpgroups))
+        total, running = step.over(entries)
+        scale, logs = running.finish()
+        own[...] = (total * along_rows(scale, total.shape[1])).astype(out_ref.dtype)
+        lse.at[index][...] = logs
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(own, out_ref.at[batch, place, head])
+        plgpu.copy_smem_to_gmem(lse.at[index], lse_ref.at[batch, head, place])
+        plgpu.wait_smem_to_gmem(0)
+
+    def produce() -> None:
+        kv_head = lax.div(head, jnp.int32(heads // key_ref.shape[2]))
+
+        def copy(number: _Number, tile: _Number) -> None:
+            place = (batch, pl.ds(tile * tiling.key_tile, tiling.key_tile), kv_head)
+            keys.fill(number, key_ref.at[place])
+            values.fill(number, value_ref.at[place])
+
+        steps = kernels.stream(entries, jnp.int32(0), copy)
+        keys.drain(steps)
+        values.drain(steps)
+
+    kernels.by_role(compute, produce, warpgroups)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """What a warpgroup does with each key tile of its list."""
+
+    plan: Plan
+    rows: Rows
+    queries: Any
+    keys: Ring
+    values: Ring
+    turns: Turns
+
+    def over(self, entries: Entries) -> _State:
+        """Returns the sums over the whole list."""
+        warpgroup = self.rows.warpgroup
+        running = Running(warpgroup.rows_of(softmax.LOWEST), warpgroup.rows_of(0.0))
+        state = (warpgroup.zeros(self.queries.shape[1]), running)
+
+        self.turns.begin()
+        state, _ = kernels.walk(
+            entries, jnp.int32(0), state, self.rows.sees_some, self._attend, self._skip
+        )
+        self.turns.end()
+        return state
+
+    def _attend(self, number: _Number, tile: _Number, bits: _Number, state: _State) -> _State:
+        total, running = state
+        warpgroup, scores = self.rows.warpgroup, self.plan.scores
+        key = self.keys.wait(number)
+        raw = warpgroup.product(self.queries, key, meanwhile=self.turns.swap)
+        self.keys.release(number)
+        logits = softmax.raw_logits(scores, raw)
+        logits = self.rows.hide(logits, bits, tile, -jnp.inf)
+        running, shrink, weights = running.add(logits, softmax.factor(scores))
+        total = total * along_rows(shrink, total.shape[1])
+        weights = weights.astype(self.queries.dtype)
+        # The softmax is over before the turn is passed on.
+        total, running, weights = lax.optimization_barrier((total, running, weights))
+        self.turns.arrive()
+        value = self.values.wait(number)
+        self.turns.wait()
+        total = warpgroup.accumulate(total, weights, value)
+        self.values.release(number)
+        return total, running
+
+    def _skip(self, number: _Number, state: _State) -> _State:
+        """Keeps the barriers in step."""
+        self.keys.wait(number)
+        self.keys.release(number)
+        self.turns.swap()
+        self.values.wait(number)
+        self.values.release(number)
+        self.turns.swap()
+        return state

@@ -1,0 +1,77 @@
+"""Rings of tiles in shared memory, filled by TMA and read by the compute warpgroups."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int
+
+Step = Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Tiles on their way from global memory, in the order of their steps.
+
+    Attributes:
+        buffer: [stages, *tile] in shared memory.
+        ready: one barrier per stage, passed when its tile has arrived.
+        free: one barrier per stage, passed when all warpgroups have read its tile.
+    """
+
+    buffer: Any
+    ready: Any
+    free: Any
+
+    @staticmethod
+    def scratch(
+        stages: int, shape: tuple[int, int], dtype: Any, readers: int
+    ) -> tuple[Any, Any, Any]:
+        """Returns the scratch types of a ring, its fields in order.
+
+        float32 is for vectors; tiles of any other type are laid out for WGMMA.
+        """
+        buffer = plgpu.SMEM if dtype == jnp.float32 else tile_scratch
+        return (
+            buffer((stages, *shape), dtype),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=readers),
+        )
+
+    def fill(self, step: Step, source: Any) -> None:
+        """Starts the copy of a tile once its stage is free; for the producer."""
+        slot = self._slot(step)
+        pl.when(step >= self.buffer.shape[0])(functools.partial(self._wait_free, step))
+        plgpu.copy_gmem_to_smem(source, self.buffer.at[slot], self.ready.at[slot])
+
+    def drain(self, steps: Step) -> None:
+        """Waits until all tiles have been read; for the producer, after the last step."""
+        for stage in range(self.buffer.shape[0]):
+            step = steps - 1 - stage
+            pl.when(step >= 0)(functools.partial(self._wait_free, step))
+
+    def wait(self, step: Step) -> Any:
+        """Returns the tile of a step once it has arrived."""
+        slot = self._slot(step)
+        plgpu.barrier_wait(self.ready.at[slot])
+        return self.buffer.at[slot]
+
+    def release(self, step: Step) -> None:
+        """Tells that this warpgroup has read the tile of a step."""
+        plgpu.barrier_arrive(self.free.at[self._slot(step)])
+
+    def _wait_free(self, step: Step) -> None:
+        plgpu.barrier_wait(self.free.at[self._slot(step)])
+
+    def _slot(self, step: Step) -> Step:
+        return lax.rem(step, lax.full_like(step, self.buffer.shape[0]))
+
+
+def tile_scratch(shape: tuple[int, int, int], dtype: Any) -> Any:
+    """Returns shared memory for tiles [count, rows, H] as WGMMA and TMA want them."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -1,0 +1,134 @@
+"""Tile sizes: the pair that should take least time for a mask, by a count of its tiles.
+
+No figure here was measured on a TPU. The constants follow published tunings of dense
+attention there: tiles of 1024 x 1024 beat 512 x 512 on long sequences, 128 x 128 is
+several times slower, and a step of the grid costs about 0.35 microseconds.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from pallas_kernels import kernel_tables, tiles
+from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.block_sparse_attention.call import Call
+from pallas_kernels.geometry import Geometry
+from pallas_kernels.rules import Dense
+
+# A step takes the time of this many pairs of a query and a key more than it has,
+_OVERHEAD = 2**17
+# and each side of its tile, added up in sums of that side, that of this many more tokens.
+_ACCUMULATION = 128
+_LARGEST = 1024
+# Products of float32 take six passes, and its tiles twice the memory.
+_LARGEST_WIDE = 512
+# Rows of a tile fill registers of 16 rows in bfloat16; keys lie in 128 lanes.
+_QUERY_UNIT, _KEY_UNIT = 16, 128
+_ROW_UNIT = 8
+SMALLEST = (_QUERY_UNIT, _KEY_UNIT)
+
+
+class Choice(NamedTuple):
+    """Tile sizes, and an estimate of the time in pairs of a query and a key."""
+
+    query_tile: int
+    key_tile: int
+    cost: int
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Tokens in a query and in a key tile."""
+        return self.query_tile, self.key_tile
+
+
+def choose(call: Call) -> Choice | None:
+    """Returns tiles for a call; None when no tiles can take its mask.
+
+    A mask whose lists are known on the host is counted. Of one whose lists are traced,
+    every tile is expected to be listed.
+    """
+    block_mask = call.block_mask
+    geometry = block_mask.geometry
+    largest = _LARGEST if call.query.dtype == jnp.bfloat16 else _LARGEST_WIDE
+    pairs = itertools.product(
+        _sizes(geometry.query_length, geometry.query_block_size, _QUERY_UNIT, largest),
+        _sizes(geometry.key_length, geometry.key_block_size, _KEY_UNIT, largest),
+    )
+    possible = [pair for pair in pairs if kernel_tables.refusal(block_mask, *pair) is None]
+    # Tiny tiles never win where there are larger ones, and take long to count.
+    least = max(map(math.prod, possible), default=0) // 16
+    possible = [pair for pair in possible if math.prod(pair) >= least]
+    count = _counter(block_mask)
+    programs = call.query.shape[0] * call.query.shape[2]
+    choices = [Choice(*pair, int(programs * count(*pair) * _time(*pair))) for pair in possible]
+    # The larger of equals.
+    return min(reversed(choices), key=lambda choice: choice.cost, default=None)
+
+
+def _time(query_tile: int, key_tile: int) -> int:
+    return _OVERHEAD + (query_tile + _ACCUMULATION) * (key_tile + _ACCUMULATION)
+
+
+def _sizes(length: int, block: int, unit: int, largest: int) -> list[int]:
+    """Returns powers of two and multiples of the block, up to what holds everything."""
+    powers = [unit * 2**i for i in range(8)]
+    multiples = [block * 2**i for i in range(8)]
+    enough = min(size for size in powers if size >= min(length, largest))
+    rounded = [size for size in multiples if size >= unit and size % _ROW_UNIT == 0]
+    return sorted(size for size in {*powers, *rounded} if size <= enough)
+
+
+def _counter(block_mask: BlockMask) -> Callable[[int, int], float]:
+    """Returns a function of the tile sizes: tiles in the lists of a mean pattern."""
+    tables = (block_mask.kv_counts, block_mask.kv_indices)
+    if not all(isinstance(array, np.ndarray) for array in (*tables, block_mask.query_offset)):
+        return functools.partial(_all_tiles, block_mask.geometry)
+    blocks = block_mask.geometry.key_blocks
+    counts, indices = (
+        table.reshape(-1, *table.shape[-n:]) for n, table in zip((1, 2), tables, strict=True)
+    )
+    # The first and the last pattern stand for all: it is an estimate.
+    some = [0, -1] if len(counts) > 1 else [0]
+    listed = tiles.expand(counts[some], indices[some], blocks)
+    # sums[:, m, j] counts blocks above and left of (m, j).
+    sums = np.pad(listed.cumsum(1, dtype=np.int32).cumsum(2), ((0, 0), (1, 0), (1, 0)))
+    return functools.partial(_listed_tiles, block_mask, sums)
+
+
+def _cut(geometry: Geometry, query_tile: int, key_tile: int) -> Geometry:
+    return dataclasses.replace(geometry, query_block_size=query_tile, key_block_size=key_tile)
+
+
+def _all_tiles(geometry: Geometry, query_tile: int, key_tile: int) -> float:
+    cut = _cut(geometry, query_tile, key_tile)
+    return float(cut.query_blocks * cut.key_blocks)
+
+
+def _listed_tiles(
+    block_mask: BlockMask, sums: Int[np.ndarray, "P M J"], query_tile: int, key_tile: int
+) -> float:
+    """Returns how many tiles the kernel's lists will have, for a mean pattern."""
+    geometry = block_mask.geometry
+    top, bottom = _touched(geometry.query_length, geometry.query_block_size, query_tile)
+    left, right = _touched(geometry.key_length, geometry.key_block_size, key_tile)
+    lower, upper = sums[:, bottom], sums[:, top]
+    inside = lower[..., right] - lower[..., left] - upper[..., right] + upper[..., left]
+    cut = _cut(geometry, query_tile, key_tile)
+    seen, _, _ = tiles.rule_tiles(Dense(), cut, block_mask.query_offset)
+    return float(((inside > 0) & seen).sum() / len(sums))
+
+
+def _touched(
+    length: int, block: int, tile: int
+) -> tuple[Int[np.ndarray, "tiles"], Int[np.ndarray, "tiles"]]:
+    """Returns the first block that each tile touches, and the first one behind it."""
+    starts = np.arange(0, length, tile)
+    stops = np.minimum(starts + tile, length)
+    return starts // block, -(-stops // block)

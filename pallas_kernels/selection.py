@@ -1,0 +1,106 @@
+"""Which implementation of an operation runs, and the reasons against the others."""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from pallas_kernels import targets
+from pallas_kernels.targets import Target
+
+
+@runtime_checkable
+class Implementation(Protocol):
+    """What every module of `Implementations` defines, next to what computes the call."""
+
+    def refusal(self, call: Any, target: Target) -> str | None:
+        """Returns why it cannot compute the call there; None when it can."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which implementation is taken for a call, and why not those before it.
+
+    Attributes:
+        taken: its name; None when none can run.
+        refusals: reasons of those tried before it, by name.
+        target: the machine.
+    """
+
+    taken: str | None
+    refusals: dict[str, str]
+    target: Target
+
+    def __str__(self) -> str:
+        lines = [f"{name}: {reason}" for name, reason in self.refusals.items()]
+        machine = f"{self.target.platform} {self.target.name}".strip()
+        ending = f"none can run on {machine}"
+        if self.taken is not None:
+            ending = f"{self.taken}: taken on {machine}"
+        return "\n".join([*lines, ending])
+
+    def required(self) -> str:
+        """Returns the name that is taken.
+
+        Raises:
+            NotImplementedError: there is none; says why in one line.
+        """
+        if self.taken is None:
+            raise NotImplementedError("; ".join(str(self).splitlines()))
+        return self.taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementations:
+    """The implementations of one operation.
+
+    Attributes:
+        package: holds one module of each name, imported when it is considered: only
+            there stand the imports of optional packages.
+        names: best first.
+    """
+
+    package: str
+    names: tuple[str, ...]
+
+    def choose(self, call: Any, implementation: str | Sequence[str] | None) -> Choice:
+        """Returns the first implementation that can compute the call.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        target = targets.current()
+        refusals: dict[str, str] = {}
+        for name in self.asked_for(implementation):
+            reason = self.load(name).refusal(call, target)
+            if reason is None:
+                return Choice(name, refusals, target)
+            refusals[name] = reason
+        return Choice(None, refusals, target)
+
+    def load(self, name: str) -> Any:
+        """Imports the module of an implementation."""
+        return _load(f"{self.package}.{name}")
+
+    def asked_for(self, implementation: str | Sequence[str] | None) -> Sequence[str]:
+        """Returns the names in the order to try.
+
+        Raises:
+            ValueError: a name is unknown.
+        """
+        if implementation is None:
+            return self.names
+        names = [implementation] if isinstance(implementation, str) else implementation
+        unknown = [name for name in names if name not in self.names]
+        if unknown or not names:
+            raise ValueError(
+                f"implementation={implementation!r} must name one or more of "
+                f"{self.names}, or be None for the best available"
+            )
+        return names
+
+
+@functools.cache
+def _load(module: str) -> Implementation:
+    return importlib.import_module(module)

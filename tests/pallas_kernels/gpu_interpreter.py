@@ -1,0 +1,31 @@
+"""The interpreter of Mosaic GPU kernels, made quick enough for tests."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src.pallas.mosaic.interpret import thread_map
+
+
+def compile_once(monkeypatch: Any) -> None:
+    """Lets the interpreter compile a kernel once.
+
+    It would compile it for every thread of every block of the grid, which are
+    hundreds of times the same program.
+    """
+    compiled: dict[int, tuple[Any, Callable[..., Any]]] = {}
+    lock = threading.Lock()
+
+    def run(jaxpr: Any, consts: Any, *arguments: Any) -> None:
+        def evaluate(consts: Any, *arguments: Any) -> None:
+            jax.core.eval_jaxpr(jaxpr, consts, *arguments)
+
+        with lock:
+            if id(jaxpr) not in compiled:
+                program = jax.jit(evaluate).lower(consts, *arguments).compile()
+                # The jaxpr is kept alive: ids of dead objects come again.
+                compiled[id(jaxpr)] = (jaxpr, program)
+        compiled[id(jaxpr)][1](consts, *arguments)
+
+    monkeypatch.setattr(thread_map, "_run_jaxpr", run)

@@ -1,0 +1,85 @@
+"""The benchmark measures what it says, and only what is right."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.bench import __main__ as bench
+from pallas_kernels.bench import contenders, splash_attention, timing, truth
+from pallas_kernels.bench.cases import Case
+
+CASE = Case(256, 0.5, 16, heads=4, kv_heads=2, block_size=32, dtype="float32")
+
+
+def test_density_of_the_blocks():
+    blocks = CASE.block_map
+    assert blocks.shape == (2, 8, 8)
+    assert (blocks.sum((1, 2)) == 18).all()
+    assert not np.triu(blocks, 1).any()
+    assert (blocks[0] != blocks[1]).any()
+    assert CASE.block_mask().density() == pytest.approx(0.5)
+
+
+def test_operations_follow_the_visible_pairs():
+    pairs = CASE.block_mask().to_dense().sum() * CASE.heads // CASE.kv_heads
+    assert CASE.flops() == {"forward": 4 * 16 * pairs, "backward": 10 * 16 * pairs}
+
+
+def test_a_wrong_result_is_not_timed():
+    arrays = CASE.arrays()
+    results = list(contenders.ours(CASE, arrays, "xla").results())
+    truth.check(CASE, arrays, tuple(results), of="ours")
+    results[3] = results[3].at[0, -1, 0, 0].add(0.1)
+    with pytest.raises(ValueError, match="ours: d_value is off by"):
+        truth.check(CASE, arrays, tuple(results), of="ours")
+
+
+def test_splash_attention_gets_the_same_mask():
+    case = Case(256, 0.5, 128, heads=2, kv_heads=2, block_size=128, dtype="float32")
+    arrays = case.arrays()
+    out = splash_attention.of(case, interpret=True)(*arrays[:3])
+    truth.check(case, arrays, (out,), of="splash")
+
+
+def test_median_of_rounds():
+    calls = []
+    median = timing.median_ms({"one": calls.append}, 3, "label")
+    assert calls[:2] == [1, 1]
+    assert len(calls) == 5
+    assert median["one"] >= 0
+
+
+def test_command(tmp_path, capsys):
+    sizes = "--lengths 128 --densities 0.5 1 --head-dims 16 --heads 4 --kv-heads 2"
+    options = f"{sizes} --block-size 32 --rounds 1 --baselines jax.nn cudnn --out {tmp_path}"
+    assert bench.main(options.split()) == 0
+    report = json.loads((tmp_path / "bench.json").read_text())
+    own = [row for row in report["results"] if row["contender"] == "ours (auto)"]
+    assert [row["case"]["density"] for row in own] == [0.5, 1.0]
+    assert own[0]["over"].keys() == {"jax.nn", "dense"}
+    assert own[0]["ms"].keys() == {"forward", "backward"}
+    assert (tmp_path / "bench.png").stat().st_size > 0
+    assert "| 128 | 16 | 0.5 | ours (auto) | forward |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--lengths 100", "length=100 must be a multiple of 64"),
+        ("--heads 6 --kv-heads 4", "kv_heads=4 must divide heads=6"),
+        ("--implementations flash", "invalid choice: 'flash'"),
+    ],
+)
+def test_mistakes(options, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        bench.main(options.split())
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_arrays_are_random():
+    query, key, *_ = CASE.arrays()
+    assert jnp.abs(query).mean() > 0.5
+    assert not jnp.array_equal(query[:, :, :2], key)

@@ -1,0 +1,254 @@
+"""The Hopper kernels on a CPU: their arithmetic alone, and all but WGMMA interpreted."""
+
+import dataclasses
+import functools
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import BlockMask, Dense, Local
+from pallas_kernels.block_sparse_attention import mosaic_gpu
+from pallas_kernels.block_sparse_attention.mosaic_gpu import softmax, tuning
+from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
+from pallas_kernels.block_sparse_attention.mosaic_gpu.softmax import Running
+from pallas_kernels.block_sparse_attention.mosaic_gpu.warpgroup import ROWS
+from pallas_kernels.block_sparse_attention.scores import Scores
+from pallas_kernels.geometry import Geometry
+from pallas_kernels.kernel_tables import Tiling
+from pallas_kernels.targets import Target
+from tests.pallas_kernels import gpu_interpreter, kernel_cases, list_loops
+from tests.pallas_kernels.kernel_cases import CASES, Case
+
+HOPPER = Target("cuda", "NVIDIA H200", 90)
+INTERPRETED = dataclasses.replace(HOPPER, interpret=True)
+
+
+def rule(rule, *lengths, **limits):
+    return lambda: BlockMask.from_rule(rule, *lengths, **({"is_causal": True} | limits))
+
+
+def block_map(*shape, size, **limits):
+    def build():
+        given = np.random.default_rng(1).random(shape) < 0.6
+        given[..., -1, :] = False
+        lengths = (n * size - 5 for n in shape[-2:])
+        return BlockMask.from_block_map(given, *lengths, size, size, **limits)
+
+    return build
+
+
+# Small, as each block of a grid takes a second: every feature of the kernels once.
+INTERPRETED_CASES = {
+    "segments, soft cap, pattern per batch": Case(
+        block_map(2, 2, 3, 3, size=64, is_causal=True),
+        batch=2,
+        segments=2,
+        soft_cap=1.5,
+        dtype=jnp.bfloat16,
+    ),
+    "window, pattern per query head": Case(
+        block_map(2, 6, 6, size=32, is_causal=True, window_size=75), dtype=jnp.float16
+    ),
+    "wide tiles, long lists, negative scale": Case(
+        rule(Dense(), 250, 700, is_causal=False), heads=1, scale=-0.1, dtype=jnp.bfloat16
+    ),
+    "prefix, head of 80, groups": Case(
+        rule(Local(64, left=1, right=9), 190, prefix_length=70),
+        heads=4,
+        kv_heads=2,
+        head_dim=80,
+        dtype=jnp.bfloat16,
+    ),
+    "head of 256, nothing seen": Case(
+        rule(Local(64, left=2), 130, query_offset=-40), heads=1, head_dim=256, dtype=jnp.bfloat16
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """The programs are large and run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("name", INTERPRETED_CASES)
+def test_interpreted_kernels_agree_with_reference(name, monkeypatch):
+    """All of them, rings, barriers and lists included; only products are simulated."""
+    gpu_interpreter.compile_once(monkeypatch)
+    case = INTERPRETED_CASES[name]
+    call = kernel_cases.make(case)
+    assert mosaic_gpu.refusal(call, INTERPRETED) is None
+    actual = kernel_cases.results(functools.partial(mosaic_gpu.attend, target=INTERPRETED), call)
+    kernel_cases.assert_agree(actual, kernel_cases.expected(call), case.dtype)
+
+
+GEOMETRIES = {
+    "causal": {"is_causal": True, "window_size": None},
+    "anticausal": {"is_causal": False, "window_size": None, "is_anticausal": True},
+    "window": {"is_causal": False, "window_size": 70},
+    "causal window": {"is_causal": True, "window_size": 70},
+    "prefix": {"is_causal": True, "window_size": None, "prefix_length": 150},
+    "prefix, window": {"is_causal": True, "window_size": 90, "prefix_length": 150},
+    "all": {"is_causal": False, "window_size": None},
+}
+TILINGS = (
+    Tiling(128, 128, 128, 128),
+    Tiling(128, 64, 64, 16),
+    Tiling(64, 128, 32, 32),
+    Tiling(128, 64, 32, 8),
+)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("rows_are_queries", [True, False])
+def test_masks_mean_what_the_lists_say(name, rows_are_queries):
+    """Of every tile, for each 64 rows of it, with and without bits set."""
+    geometry = Geometry(300, 290, 16, 16, **GEOMETRIES[name])
+    rng = np.random.default_rng(0)
+    for tiling in TILINGS:
+        tile_mask = TileMask(geometry, tiling, rows_are_queries)
+        compare = jax.jit(functools.partial(visible, tile_mask))
+        shape = (tiling.query_tile, tiling.key_tile)
+        for m, j in np.ndindex(-(-300 // shape[0]), -(-290 // shape[1])):
+            bits = np.int32(rng.integers(1, 2 ** (tiling.query_granules * tiling.key_granules)))
+            bits = bits if (m + j) % 2 else np.int32(1)
+            offset = -20
+            expected = list_loops._mask(
+                types.SimpleNamespace(geometry=geometry),
+                tiling,
+                types.SimpleNamespace(query_offset=[offset], segments=None),
+                *(0, m, j, int(bits)),
+            )
+            expected = expected if rows_are_queries else expected.T
+            for part in range(expected.shape[0] // ROWS):
+                own = expected[part * ROWS : (part + 1) * ROWS]
+                mask, sees_some = compare(bits, m, j, part, offset)
+                np.testing.assert_array_equal(mask, own)
+                assert sees_some or not own.any()
+
+
+def visible(tile_mask, bits, m, j, part, offset):
+    """Returns the mask of 64 rows of tile (m, j), and whether it may show anything."""
+    tiling = tile_mask.tiling
+    query = (m * tiling.query_tile + offset, tiling.query_tile)
+    key = (j * tiling.key_tile, tiling.key_tile)
+    (start, _), (base, width) = (query, key) if tile_mask.rows_are_queries else (key, query)
+    rows = jnp.arange(ROWS) + part * ROWS
+    columns = jnp.arange(width)
+    mask = tile_mask.within(start + rows, columns, base)
+    allowed = tile_mask.allows(bits, rows, columns)
+    mask = mask if allowed is None else mask & allowed
+    return mask, tile_mask.sees_some(bits, part, start + part * ROWS, base)
+
+
+def test_a_warpgroup_skips_what_only_the_other_sees():
+    tile_mask = TileMask(Geometry(256, 256, 64, 64, True, None), Tiling(128, 64, 64, 64), True)
+
+    def sees(bits, part, base):
+        numbers = (jnp.int32(n) for n in (bits, part, part * ROWS, base))
+        return bool(tile_mask.sees_some(*numbers))
+
+    # Bit 0 is of the first 64 rows, bit 1 of the last.
+    assert not sees(0b10, part=0, base=0)
+    assert sees(0b10, part=1, base=0)
+    # Above the diagonal, and below it.
+    assert not sees(0b11, part=0, base=64)
+    assert sees(0b11, part=1, base=64)
+
+
+SCORES = [Scores(0.3), Scores(0.3, 2.0), Scores(-0.2), Scores(0.0), Scores(-0.2, 0.5)]
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+def test_online_softmax(scores):
+    """Tile by tile it is the softmax, and rows that see nothing are told apart."""
+    rng = np.random.default_rng(0)
+    raw = jnp.asarray(10 * rng.standard_normal((ROWS, 96)), jnp.float32)
+    mask = jnp.asarray(rng.random(raw.shape) < 0.3).at[5].set(False)
+    running = Running(jnp.full(ROWS, softmax.LOWEST), jnp.zeros(ROWS))
+    sums = jnp.zeros((ROWS, 8))
+    values = jnp.asarray(rng.standard_normal((96, 8)), jnp.float32)
+    for start in range(0, 96, 32):
+        columns = slice(start, start + 32)
+        logits = softmax.raw_logits(scores, raw[:, columns])
+        logits = jnp.where(mask[:, columns], logits, -jnp.inf)
+        running, shrink, weights = running.add(logits, softmax.factor(scores))
+        sums = sums * shrink[:, None] + weights @ values[columns]
+    scale, lse = running.finish()
+    logits = jnp.where(mask, scores.logits(raw), -jnp.inf)
+    np.testing.assert_allclose(lse, jax.nn.logsumexp(logits, axis=1), atol=2e-5)
+    weights = jnp.where(mask, jnp.exp(logits - jnp.where(mask, lse[:, None], 0)), 0)
+    np.testing.assert_allclose(sums * scale[:, None], weights @ values, atol=2e-5)
+
+
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+def test_gradient_of_a_tile(scores):
+    rng = np.random.default_rng(0)
+    raw, d_weights = (jnp.asarray(rng.standard_normal((ROWS, 32)), jnp.float32) for _ in range(2))
+    lse = jax.nn.logsumexp(scores.logits(raw), axis=1)
+    shift = jnp.sum(jnp.exp(scores.logits(raw) - lse[:, None]) * d_weights, axis=1)
+    columns = (softmax.LOG2_E * lse[:, None], shift[:, None])
+    lse_2, shifts = (jnp.broadcast_to(x, raw.shape) for x in columns)
+    logits, weights = softmax.weights(scores, raw, lse_2)
+    actual = scores.scale * softmax.gradient(scores, logits, weights, d_weights, shifts)
+    expected = jax.grad(
+        lambda raw: jnp.sum(jax.nn.softmax(scores.logits(raw), axis=1) * d_weights)
+    )(raw)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_refusals():
+    call = kernel_cases.make(CASES["bfloat16"])
+    assert mosaic_gpu.refusal(call, HOPPER) is None
+    assert "Hopper" in mosaic_gpu.refusal(call, Target("tpu", "TPU v5e"))
+    for capability in (80, 100):
+        reason = mosaic_gpu.refusal(
+            call, dataclasses.replace(HOPPER, compute_capability=capability)
+        )
+        assert "only Hopper has the wgmma" in reason
+    float32 = kernel_cases.make(CASES["window"])
+    assert mosaic_gpu.refusal(float32, HOPPER) == (
+        "WGMMA rounds float32 to TF32: cast to bfloat16 or float16"
+    )
+    wide = kernel_cases.make(dataclasses.replace(CASES["bfloat16"], head_dim=320))
+    assert mosaic_gpu.refusal(wide, HOPPER) == "head_dim=320 must be at most 256"
+    fine = Case(block_map(1, 12, 12, size=8, is_causal=True), dtype=jnp.bfloat16)
+    assert "more than 32 bits" in mosaic_gpu.refusal(kernel_cases.make(fine), HOPPER)
+
+
+def test_refuses_where_mosaic_cannot_be_imported(monkeypatch):
+    mosaic_gpu._import_error.cache_clear()
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.mosaic_gpu", None)
+    reason = mosaic_gpu.refusal(kernel_cases.make(CASES["bfloat16"]), HOPPER)
+    mosaic_gpu._import_error.cache_clear()
+    assert reason.startswith("Mosaic GPU cannot be imported: pip install")
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
+def test_plans_fit_shared_memory(head_dim):
+    call = kernel_cases.make(dataclasses.replace(CASES["bfloat16"], head_dim=head_dim))
+    plans = mosaic_gpu.plans(call, HOPPER)
+    assert len(set(plans)) == len(plans) > 1
+    sizes = tuning.tiles(head_dim, call.block_mask)
+    assert sizes == tuple((t.query_tile, t.key_tile) for t in tilings(plans[0]))
+    row = 2 * (-(-head_dim // 64) * 64)
+    for plan in plans:
+        stages = dataclasses.astuple(plan.options)
+        assert all(2 <= n <= 4 for n in stages)
+        forward, d_query, d_key = tilings(plan)
+        tokens = (
+            forward.query_tile + 2 * stages[0] * forward.key_tile,
+            2 * d_query.query_tile + 2 * stages[1] * d_query.key_tile,
+            2 * d_key.key_tile + 2 * stages[2] * d_key.query_tile,
+        )
+        assert max(tokens) * row <= 227 * 1024
+
+
+def tilings(plan):
+    return plan.forward, plan.d_query, plan.d_key

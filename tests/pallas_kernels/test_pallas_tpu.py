@@ -1,0 +1,267 @@
+"""The Pallas kernels for TPU, interpreted on a CPU, against `reference` in float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import BlockMask, Dense, Local, Strided, block_sparse_attention, targets
+from pallas_kernels.block_sparse_attention import pallas_tpu, reference
+from pallas_kernels.block_sparse_attention.pallas_tpu import flat, lists, strided, tuning
+from pallas_kernels.targets import Target
+from tests.pallas_kernels import kernel_cases
+from tests.pallas_kernels.kernel_cases import CASES, Case
+
+INTERPRETED = Target("tpu", interpret=True)
+SIMULATED = Target("tpu", interpret=pltpu.InterpretParams())
+# Different for each kernel, and small: rows of several tiles, lists of several entries.
+TILES = [(64, 128), (128, 64), (64, 64)]
+attend = functools.partial(lists.attend, target=INTERPRETED, tiles=TILES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """The programs are large and run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def assert_agrees(call, results):
+    kernel_cases.assert_agree(results, kernel_cases.expected(call), call.query.dtype)
+
+
+def assert_equal(actual, expected):
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_reference(name):
+    call = kernel_cases.make(CASES[name])
+    assert_agrees(call, kernel_cases.results(attend, call))
+
+
+@pytest.mark.parametrize("name", ["pattern_per_query_head", "segments"])
+def test_agrees_in_simulated_memory(name):
+    """Buffers start as NaN there, and reading beyond an array is an error."""
+    call = kernel_cases.make(CASES[name])
+    simulated = functools.partial(lists.attend, target=SIMULATED, tiles=TILES)
+    assert_agrees(call, kernel_cases.results(simulated, call))
+
+
+@pytest.mark.parametrize(("name", "visits"), [("pattern_per_batch", 20), ("random_ragged", 6)])
+def test_lists_beyond_scalar_memory_are_walked_in_chunks(name, visits, monkeypatch):
+    monkeypatch.setattr(flat, "MOST_VISITS", visits)
+    call = kernel_cases.make(CASES[name])
+    assert_agrees(call, kernel_cases.results(attend, call))
+
+
+def test_chunks_hold_as_much_as_fits(monkeypatch):
+    def chunk(*shape):
+        return flat.Chunk.of(flat.Lists(np.zeros(shape[:4]), *[np.zeros(shape)] * 2))
+
+    monkeypatch.setattr(flat, "MOST_VISITS", 100)
+    assert chunk(4, 2, 5, 1, 2) == flat.Chunk(4, 2, 5)
+    assert chunk(6, 2, 5, 1, 3) == flat.Chunk(3, 2, 5)
+    assert chunk(4, 6, 5, 2, 2) == flat.Chunk(1, 3, 5)
+    assert chunk(4, 6, 7, 2, 10) == flat.Chunk(1, 1, 4)
+    assert chunk(1, 1, 7, 2, 60) == flat.Chunk(1, 1, 1)
+
+
+def _traced_call(seed):
+    call = kernel_cases.make(CASES["pattern_per_query_head"])
+    block_map = np.random.default_rng(seed).random((4, 4, 4)) < 0.5
+    block_mask = BlockMask.from_block_map(block_map, 256, 256, 64, 64, is_causal=True)
+    return dataclasses.replace(call, block_mask=block_mask)
+
+
+def test_traced_masks_share_a_compilation():
+    def out(call, block_map, *arrays):
+        block_mask = BlockMask.from_block_map(block_map, 256, 256, 64, 64, is_causal=True)
+        one = dataclasses.replace(call, block_mask=block_mask)
+        return attend(
+            dataclasses.replace(one, **dict(zip(("query", "key", "value"), arrays, strict=True)))
+        )
+
+    call = _traced_call(0)
+    run = jax.jit(functools.partial(out, call))
+    for seed in (0, 1):
+        call = _traced_call(seed)
+        found = run(call.block_mask.block_map(), call.query, call.key, call.value)
+        assert_equal(found, kernel_cases.expected(call)[:2])
+    assert run._cache_size() == 1
+
+
+def _gradients(function, *arrays):
+    return jax.grad(lambda *arrays: jnp.sum(jnp.sin(function(*arrays))), argnums=(0, 1, 2))(*arrays)
+
+
+def test_vmap_and_remat():
+    call = kernel_cases.make(CASES["random_ragged"])
+    arrays = (call.query, call.key, call.value)
+    mapped = [jnp.stack([x, 2 * x]) for x in arrays]
+
+    def out(attend, query, key, value):
+        return attend(dataclasses.replace(call, query=query, key=key, value=value))[0]
+
+    remat = jax.checkpoint(functools.partial(out, attend))
+    together = jax.jit(jax.vmap(functools.partial(_gradients, remat)))(*mapped)
+    naive = functools.partial(out, functools.partial(reference.attend, target=INTERPRETED))
+    assert_equal([x[0] for x in together], _gradients(naive, *arrays))
+
+
+def test_shards_of_batch_and_heads():
+    block_mask = BlockMask.from_rule(Strided(64, 2, 4, 2, phase_by="kv_head"), 128, is_causal=True)
+    rng = np.random.default_rng(0)
+    arrays = [
+        jnp.asarray(rng.standard_normal((2, 128, heads, 64)), jnp.float32) for heads in (4, 2, 2)
+    ]
+    mesh = jax.make_mesh(
+        (2, 2),
+        ("data", "tensor"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[:4],
+    )
+    spec = jax.P("data", None, "tensor")
+
+    def out(block_map, query, key, value):
+        local = BlockMask.from_block_map(block_map, 128, 128, 64, 64, is_causal=True)
+        with targets.use(INTERPRETED):
+            return block_sparse_attention(
+                query, key, value, local, is_causal=True, implementation="pallas_tpu"
+            )
+
+    block_map = jnp.asarray(block_mask.block_map())
+    sharded = jax.shard_map(
+        out, mesh=mesh, in_specs=(jax.P("tensor"), *[spec] * 3), out_specs=spec, check_vma=False
+    )
+    found = jax.jit(functools.partial(_gradients, functools.partial(sharded, block_map)))(*arrays)
+    expected = _gradients(
+        lambda *arrays: block_sparse_attention(
+            *arrays, block_mask, is_causal=True, implementation="reference"
+        ),
+        *arrays,
+    )
+    assert_equal(found, expected)
+
+
+STRIPED = {
+    "heads": Case(kernel_cases._rule(Strided(32, 3, 4, left=2), 200), heads=4, kv_heads=2),
+    "groups": Case(
+        kernel_cases._rule(Strided(16, 4, 4, 2, offset=1, dense_heads=1, phase_by="kv_head"), 150),
+        batch=2,
+        heads=4,
+        kv_heads=2,
+    ),
+    "chunk": Case(
+        kernel_cases._rule(Strided(64, 2, 2, homo_head=True), 128, 384, query_offset=128)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRIPED)
+def test_band_and_gathered_stripes(name):
+    call = kernel_cases.make(STRIPED[name])
+
+    def in_parts(call):
+        return strided.attend(strided.split(call), INTERPRETED)
+
+    assert_agrees(call, kernel_cases.results(in_parts, call))
+
+
+def test_stripes_are_gathered_where_that_leaves_fewer_tiles():
+    for length, expected in ((8192, True), (256, False)):
+        block_mask = BlockMask.from_rule(Strided(64, 16, 2, left=4), length, is_causal=True)
+        call = dataclasses.replace(
+            kernel_cases.make(CASES["strided"]),
+            block_mask=block_mask,
+            **dict.fromkeys(("query", "key", "value"), jnp.zeros((1, length, 2, 64), jnp.bfloat16)),
+        )
+        assert strided.is_faster(strided.split(call), call) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"segment_ids": (jnp.zeros((1, 256), jnp.int32),) * 2},
+        {"rule": Local(64)},
+        {"rule": Strided(64, 2, 2, stripes="relative")},
+        {"window_size": 200},
+        {"query_offset": 32},
+        {"query_offset": 64},
+        {"is_traced": True},
+    ],
+    ids=str,
+)
+def test_stripes_do_not_apply(change):
+    rule = change.get("rule", Strided(64, 2, 2))
+    limits = {name: change[name] for name in ("window_size", "query_offset") if name in change}
+    block_mask = BlockMask.from_rule(rule, 256, is_causal=True, **limits)
+    if "is_traced" in change:
+        block_mask = jax.tree.map(jnp.asarray, block_mask)
+    call = kernel_cases.make(Case(lambda: block_mask, kv_heads=2))
+    call = dataclasses.replace(call, segment_ids=change.get("segment_ids"))
+    assert strided.split(call) is None
+
+
+def _call(block_mask, dtype=jnp.bfloat16):
+    lengths = (block_mask.query_length, block_mask.key_length, block_mask.key_length)
+    arrays = [jnp.zeros((1, length, 1, 64), dtype) for length in lengths]
+    fields = dict(zip(("query", "key", "value"), arrays, strict=True))
+    return dataclasses.replace(
+        kernel_cases.make(CASES["nothing"]), block_mask=block_mask, segment_ids=None, **fields
+    )
+
+
+def _tiles(*arguments):
+    return tuning.choose(_call(*arguments)).tiles
+
+
+def _random_mask(block, length):
+    blocks = -(-length // block)
+    return BlockMask.from_block_map(
+        kernel_cases.random_map(1, blocks, blocks), length, length, block, block, is_causal=True
+    )
+
+
+def test_tiles_suit_the_mask():
+    dense = BlockMask.from_rule(Dense(), 8192, is_causal=True)
+    assert _tiles(dense) == (1024, 1024)
+    assert _tiles(dense, jnp.float32) == (512, 512)
+    # 32 bits are 32 pairs of blocks.
+    assert _tiles(_random_mask(64, 8192)) in ((256, 512), (512, 256))
+    assert _tiles(jax.tree.map(jnp.asarray, _random_mask(64, 8192))) in ((256, 512), (512, 256))
+    assert np.prod(_tiles(_random_mask(16, 2048))) == 32 * 16 * 16
+    query_tile, key_tile = _tiles(_random_mask(96, 2048))
+    assert query_tile % 96 == key_tile % 96 == 0
+    assert _tiles(BlockMask.from_rule(Dense(), 5, 300, is_causal=True)) == (16, 512)
+
+
+@pytest.mark.parametrize(
+    ("call", "platform", "reason"),
+    [
+        (lambda: _call(_random_mask(64, 256)), "cuda", "needs a TPU"),
+        (lambda: _call(_random_mask(9, 256)), "tpu", "32 bits"),
+        (lambda: _call(_random_mask(4, 256)), "tpu", "32 bits"),
+        (
+            lambda: _call(
+                BlockMask.from_rule(Strided(64, 4, 1), 256, is_causal=True, query_offset=32)
+            ),
+            "tpu",
+            "multiple of the blocks",
+        ),
+    ],
+)
+def test_refusals(call, platform, reason):
+    assert reason in pallas_tpu.refusal(call(), Target(platform))
+
+
+def test_float64_is_refused():
+    with jax.enable_x64(True):
+        call = _call(_random_mask(64, 256), jnp.float64)
+        assert "cast to float32" in pallas_tpu.refusal(call, INTERPRETED)
