@@ -10,6 +10,10 @@ from pallas_kernels import targets
 from pallas_kernels.targets import Target
 
 
+class CannotRun(NotImplementedError):
+    """None of the implementations asked for can compute a call; the message says why."""
+
+
 @runtime_checkable
 class Implementation(Protocol):
     """What every module of `Implementations` defines, next to what computes the call."""
@@ -34,7 +38,7 @@ class Choice:
 
     def __str__(self) -> str:
         lines = [f"{name}: {reason}" for name, reason in self.refusals.items()]
-        machine = f"{self.target.platform} {self.target.name}".strip()
+        machine = self.target.name or self.target.platform
         ending = f"none can run on {machine}"
         if self.taken is not None:
             ending = f"{self.taken}: taken on {machine}"
@@ -44,10 +48,10 @@ class Choice:
         """Returns the name that is taken.
 
         Raises:
-            NotImplementedError: there is none; says why in one line.
+            CannotRun: there is none; says why in one line.
         """
         if self.taken is None:
-            raise NotImplementedError("; ".join(str(self).splitlines()))
+            raise CannotRun("; ".join(str(self).splitlines()))
         return self.taken
 
 

@@ -76,8 +76,10 @@ def autotune(
     reports = []
     for name in IMPLEMENTATIONS.asked_for(implementation):
         backend = IMPLEMENTATIONS.load(name)
-        if hasattr(backend, "plans") and backend.refusal(call, target) is None:
-            report = _measure(name, backend.run, call, backend.plans(call, target))
+        if not hasattr(backend, "plans") or backend.refusal(call, target) is not None:
+            continue
+        if plans := backend.plans(call, target):
+            report = _measure(name, backend.run, call, plans)
             tuned.remember(call, report.plans, report.fastest)
             reports.append(report)
     return reports

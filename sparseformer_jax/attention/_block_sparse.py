@@ -9,9 +9,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels import BlockMask, block_sparse_attention
+from pallas_kernels.block_sparse_attention.selection import IMPLEMENTATIONS
 from pallas_kernels.rules import Rule
+from pallas_kernels.selection import CannotRun
 from sparseformer_jax.attention.base import Attention, AttentionOutput, SegmentIds, Shard
 from sparseformer_jax.checks import ConfigError
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises ValueError unless it names an implementation of the kernel, or is None."""
+    IMPLEMENTATIONS.asked_for(implementation)
 
 
 class BlockSparseAttention(Attention):
@@ -70,18 +77,22 @@ class BlockSparseAttention(Attention):
         segment_ids: SegmentIds | None,
     ) -> Any:
         """Calls the kernel with what the model and the options say of it."""
-        return block_sparse_attention(
-            query,
-            key,
-            value,
-            block_mask,
-            is_causal=block_mask.is_causal,
-            window_size=block_mask.window_size,
-            segment_ids=segment_ids,
-            scale=self.config.scale,
-            logits_soft_cap=self.config.attention_soft_cap,
-            implementation=self.options.implementation,
-        )
+        implementation = self.options.implementation
+        try:
+            return block_sparse_attention(
+                query,
+                key,
+                value,
+                block_mask,
+                is_causal=block_mask.is_causal,
+                window_size=block_mask.window_size,
+                segment_ids=segment_ids,
+                scale=self.config.scale,
+                logits_soft_cap=self.config.attention_soft_cap,
+                implementation=implementation,
+            )
+        except CannotRun as error:
+            raise ConfigError(f"attention.implementation={implementation!r}: {error}") from None
 
     def _diagnostics(self, seq_len: int) -> dict[str, jax.Array]:
         return {"density": jnp.asarray(self.density(seq_len), jnp.float32)}

@@ -8,8 +8,13 @@ tile by tile, so memory is linear in the sequence.
 
 import dataclasses
 
+from ml_collections import ConfigDict
+
 from pallas_kernels.rules import Dense, Rule
-from sparseformer_jax.attention._block_sparse import BlockSparseAttention
+from sparseformer_jax.attention._block_sparse import (
+    BlockSparseAttention,
+    check_implementation,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +26,15 @@ class Options:
     """
 
     implementation: str | None = None
+
+
+def check(options: Options, config: ConfigDict) -> None:
+    """Refuses an unknown implementation.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    check_implementation(options.implementation)
 
 
 class Method(BlockSparseAttention):

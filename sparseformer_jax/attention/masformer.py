@@ -23,7 +23,10 @@ from ml_collections import ConfigDict
 from pallas_kernels import BlockMask
 from pallas_kernels.rules import Dense, Local, Rule
 from sparseformer_jax.attention import dense
-from sparseformer_jax.attention._block_sparse import BlockSparseAttention
+from sparseformer_jax.attention._block_sparse import (
+    BlockSparseAttention,
+    check_implementation,
+)
 from sparseformer_jax.attention.base import Attention, AttentionOutput, SegmentIds, Shard
 from sparseformer_jax.checks import ConfigError
 
@@ -63,8 +66,10 @@ def check(options: Options, config: ConfigDict) -> None:
     """Refuses what the model cannot do with these options.
 
     Raises:
-      ValueError: a full layer does not exist, or the model is not causal.
+      ValueError: implementation is unknown, a full layer does not exist, or the model is
+        not causal.
     """
+    check_implementation(options.implementation)
     num_layers = config.model.num_layers
     outside = sorted(layer for layer in options.full if not 0 <= layer < num_layers)
     if outside and options.full_layers is None:

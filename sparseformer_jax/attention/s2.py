@@ -17,7 +17,10 @@ from ml_collections import ConfigDict
 
 from pallas_kernels.rules import Rule, Strided
 from sparseformer_jax.attention import dense
-from sparseformer_jax.attention._block_sparse import BlockSparseAttention
+from sparseformer_jax.attention._block_sparse import (
+    BlockSparseAttention,
+    check_implementation,
+)
 from sparseformer_jax.attention.base import Attention
 
 
@@ -74,9 +77,11 @@ def check(options: Options, config: ConfigDict) -> None:
     """Refuses what the model cannot do with these options.
 
     Raises:
-      ValueError: there are fewer heads than dense ones, stripes are relative but the
-        model is causal, or the sequence does not hold whole blocks.
+      ValueError: implementation is unknown, there are fewer heads than dense ones,
+        stripes are relative but the model is causal, or the sequence does not hold whole
+        blocks.
     """
+    check_implementation(options.implementation)
     model = config.model
     heads = model.num_heads if options.phase_by == "q_head" else model.num_kv_heads
     if options.num_dense_heads > heads:

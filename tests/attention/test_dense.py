@@ -1,8 +1,13 @@
 """Dense attention is softmax over all keys, or all earlier ones."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparseformer_jax import presets, registry
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.config import validate
 from tests.attention.comparison import assert_masked_softmax, make_attention
 
 DENSE_OPTIONS = [{}]
@@ -30,3 +35,20 @@ def test_softmax_over_all(num_tokens, model):
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_nothing_is_skipped(is_causal):
     assert make_attention("dense", {}, is_causal=is_causal).density(19) == 1.0
+
+
+@pytest.mark.parametrize("name", ["dense", "masformer", "s2"])
+def test_an_unknown_implementation_is_told(name):
+    config = presets.baseline("tiny")
+    config.attention = registry.method_config("attention", name, implementation="flash")
+    with pytest.raises(ConfigError, match=r"^attention.implementation='flash' must name one"):
+        validate(config)
+
+
+def test_an_implementation_that_cannot_run_here_says_why():
+    attention = make_attention("dense", {"implementation": "pallas_tpu"})
+    x = jax.ShapeDtypeStruct((1, 8, attention.config.embed_dim), jnp.float32)
+    positions = segment_ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    message = r"^attention.implementation='pallas_tpu': pallas_tpu: needs a TPU"
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(attention, x, positions, segment_ids)

@@ -20,7 +20,11 @@ INTERPRETED = Target("tpu", interpret=True)
 SIMULATED = Target("tpu", interpret=pltpu.InterpretParams())
 # Different for each kernel, and small: rows of several tiles, lists of several entries.
 TILES = [(64, 128), (128, 64), (64, 64)]
-attend = functools.partial(lists.attend, target=INTERPRETED, tiles=TILES)
+
+
+def attend(call, target=INTERPRETED):
+    """Attention by lists in those tiles."""
+    return lists.run(lists.plan(call, target, TILES), call)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,7 +54,7 @@ def test_agrees_with_reference(name):
 def test_agrees_in_simulated_memory(name):
     """Buffers start as NaN there, and reading beyond an array is an error."""
     call = kernel_cases.make(CASES[name])
-    simulated = functools.partial(lists.attend, target=SIMULATED, tiles=TILES)
+    simulated = functools.partial(attend, target=SIMULATED)
     assert_agrees(call, kernel_cases.results(simulated, call))
 
 

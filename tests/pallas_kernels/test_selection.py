@@ -30,7 +30,7 @@ def test_a_cpu_takes_xla():
     choice = explain(*shapes(), SPARSE, is_causal=True)
     assert choice.taken == "xla"
     assert {"pallas_tpu", "cudnn", "mosaic_gpu", "triton"} == choice.refusals.keys()
-    assert str(choice).splitlines()[-1] == "xla: taken on cpu cpu"
+    assert str(choice).splitlines()[-1] == "xla: taken on cpu"
 
 
 @pytest.mark.parametrize(

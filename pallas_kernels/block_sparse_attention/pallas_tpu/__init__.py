@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import kernel_tables
 from pallas_kernels.block_sparse_attention.call import Call
+from pallas_kernels.block_sparse_attention.differentiable import Plan
 from pallas_kernels.block_sparse_attention.pallas_tpu import flat, lists, strided, tuning
 from pallas_kernels.targets import Target
 
@@ -32,7 +33,21 @@ def refusal(call: Call, target: Target) -> str | None:
 
 def attend(call: Call, target: Target) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Returns (out, lse)."""
+    parts = _stripes(call)
+    return lists.attend(call, target) if parts is None else strided.attend(parts, target)
+
+
+def plans(call: Call, target: Target) -> tuple[Plan, ...]:
+    """Returns what `autotune` may choose from, the default first; nothing for stripes."""
+    return lists.plans(call, target) if _stripes(call) is None else ()
+
+
+def run(plan: Plan, call: Call) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Returns (out, lse), computed as planned."""
+    return lists.run(plan, call)
+
+
+def _stripes(call: Call) -> strided.Parts | None:
+    """Returns the parts of a call whose stripes are to be gathered; None for other calls."""
     parts = strided.split(call)
-    if parts is not None and strided.is_faster(parts, call):
-        return strided.attend(parts, target)
-    return lists.attend(call, target)
+    return parts if parts is not None and strided.is_faster(parts, call) else None

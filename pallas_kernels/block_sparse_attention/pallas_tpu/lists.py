@@ -7,37 +7,47 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sparse_attention import differentiable
+from pallas_kernels.block_sparse_attention import differentiable, tuned
 from pallas_kernels.block_sparse_attention.call import Call
 from pallas_kernels.block_sparse_attention.differentiable import Plan
 from pallas_kernels.block_sparse_attention.pallas_tpu import backward, forward, tuning
 from pallas_kernels.kernel_tables import Tiling
 from pallas_kernels.targets import Target
 
+# Enough for `autotune` to correct an estimate.
+_MOST_PLANS = 4
 _KERNELS = types.SimpleNamespace(forward=forward.forward, backward=backward.backward)
 
 
-def attend(
-    call: Call, target: Target, tiles: Sequence[tuple[int, int]] | None = None
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Returns (out, lse), differentiable.
+def attend(call: Call, target: Target) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Returns (out, lse), differentiable, in the tiles that `tuning` or `autotune` chose."""
+    return run(tuned.pick(call, plans(call, target)), call)
+
+
+def plans(call: Call, target: Target) -> tuple[Plan, ...]:
+    """Returns plans with the tiles of least estimated cost, the best first."""
+    best = tuning.choices(call)[:_MOST_PLANS]
+    return tuple(plan(call, target, [choice.tiles] * 3) for choice in best)
+
+
+def plan(call: Call, target: Target, tiles: Sequence[tuple[int, int]]) -> Plan:
+    """Returns the plan of a call.
 
     Args:
-        call: what to compute. float16, which the compiler cannot load, is widened.
+        call: what to compute.
         target: the machine.
         tiles: tokens in a query and a key tile of the forward kernel, of that for dQ,
-            and of that for dK and dV. None means what `tuning` chooses.
+            and of that for dK and dV.
     """
-    if tiles is None:
-        choice = tuning.choose(call)
-        if choice is None:
-            raise ValueError("no tiles can take this block_mask: see refusal")
-        tiles = [choice.tiles] * 3
+    forward, d_query, d_key = (Tiling.of(call.block_mask, *sizes) for sizes in tiles)
+    return Plan(call.block_mask.geometry, forward, d_query, d_key, call.scores, target)
+
+
+def run(plan: Plan, call: Call) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+    """Returns (out, lse), computed as planned; widens float16, which cannot be loaded."""
     dtype = call.query.dtype
     if dtype == jnp.float16:
         query, key, value = (x.astype(jnp.float32) for x in (call.query, call.key, call.value))
         call = dataclasses.replace(call, query=query, key=key, value=value)
-    out_tiling, d_query, d_key = (Tiling.of(call.block_mask, *sizes) for sizes in tiles)
-    plan = Plan(call.block_mask.geometry, out_tiling, d_query, d_key, call.scores, target)
     out, lse = differentiable.attend(_KERNELS, plan, call)
     return out.astype(dtype), lse

@@ -49,7 +49,12 @@ class Choice(NamedTuple):
 
 
 def choose(call: Call) -> Choice | None:
-    """Returns tiles for a call; None when no tiles can take its mask.
+    """Returns the best of `choices`; None when no tiles can take the mask of a call."""
+    return next(iter(choices(call)), None)
+
+
+def choices(call: Call) -> list[Choice]:
+    """Returns the tiles that can take the mask of a call, the best first.
 
     A mask whose lists are known on the host is counted. Of one whose lists are traced,
     every tile is expected to be listed.
@@ -67,9 +72,9 @@ def choose(call: Call) -> Choice | None:
     possible = [pair for pair in possible if math.prod(pair) >= least]
     count = _counter(block_mask)
     programs = call.query.shape[0] * call.query.shape[2]
-    choices = [Choice(*pair, int(programs * count(*pair) * _time(*pair))) for pair in possible]
+    found = [Choice(*pair, int(programs * count(*pair) * _time(*pair))) for pair in possible]
     # The larger of equals.
-    return min(reversed(choices), key=lambda choice: choice.cost, default=None)
+    return sorted(reversed(found), key=lambda choice: choice.cost)
 
 
 def _time(query_tile: int, key_tile: int) -> int:
