@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.bench.cases import Case
-from pallas_kernels.block_sparse_attention import block_sparse_attention
+from pallas_kernels.block_sparse_attention import block_sparse_attention, explain
 
 # More than this for the scores of jax.nn would not fit beside anything else.
 _MOST_SCORES = 2**34
@@ -43,11 +43,16 @@ class Prepared:
 
 def ours(case: Case, arrays: tuple[Array, ...], implementation: str | None) -> Prepared:
     """Prepares `block_sparse_attention` with the mask of the case."""
+    block_mask = case.block_mask()
+    query, key, value, _ = arrays
+    choice = explain(query, key, value, block_mask, is_causal=True, implementation=implementation)
+    if choice.taken is None:
+        raise Unavailable("; ".join(choice.refusals.values()))
     attend: Callable[..., Any] = functools.partial(
         block_sparse_attention,
-        block_mask=case.block_mask(),
+        block_mask=block_mask,
         is_causal=True,
-        implementation=implementation,
+        implementation=choice.taken,
     )
     return _prepare_jax(attend, arrays, is_sparse=True)
 

@@ -10,13 +10,13 @@ from pallas_kernels.bench import __main__ as bench
 from pallas_kernels.bench import contenders, splash_attention, timing, truth
 from pallas_kernels.bench.cases import Case
 
-CASE = Case(256, 0.5, 16, heads=4, kv_heads=2, block_size=32, dtype="float32")
+CASE = Case(128, 0.5, 16, heads=4, kv_heads=2, block_size=32, dtype="float32")
 
 
 def test_density_of_the_blocks():
     blocks = CASE.block_map
-    assert blocks.shape == (2, 8, 8)
-    assert (blocks.sum((1, 2)) == 18).all()
+    assert blocks.shape == (2, 4, 4)
+    assert (blocks.sum((1, 2)) == 5).all()
     assert not np.triu(blocks, 1).any()
     assert (blocks[0] != blocks[1]).any()
     assert CASE.block_mask().density() == pytest.approx(0.5)
@@ -53,7 +53,8 @@ def test_median_of_rounds():
 
 def test_command(tmp_path, capsys):
     sizes = "--lengths 128 --densities 0.5 1 --head-dims 16 --heads 4 --kv-heads 2"
-    options = f"{sizes} --block-size 32 --rounds 1 --baselines jax.nn cudnn --out {tmp_path}"
+    methods = "--implementations auto pallas_tpu --baselines jax.nn cudnn"
+    options = f"{sizes} --block-size 32 --rounds 1 {methods} --out {tmp_path}"
     assert bench.main(options.split()) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
     own = [row for row in report["results"] if row["contender"] == "ours (auto)"]
@@ -61,7 +62,9 @@ def test_command(tmp_path, capsys):
     assert own[0]["over"].keys() == {"jax.nn", "dense"}
     assert own[0]["ms"].keys() == {"forward", "backward"}
     assert (tmp_path / "bench.png").stat().st_size > 0
-    assert "| 128 | 16 | 0.5 | ours (auto) | forward |" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "| 128 | 16 | 0.5 | ours (auto) | forward |" in printed.out
+    assert "no ours (pallas_tpu): needs a TPU, this is cpu" in printed.out + printed.err
 
 
 @pytest.mark.parametrize(
