@@ -38,6 +38,8 @@ def from_indices(indices: Selection, geometry: Geometry) -> tuple[tiles.Mask, Ov
         )
     if not np.issubdtype(indices.dtype, np.integer):
         raise ValueError(f"indices has dtype {indices.dtype}: pass integers, negative = none")
+    if indices.dtype.itemsize < 4:  # There may be more blocks than it can count.
+        indices = indices.astype(np.int32)
     xp = tiles.namespace(indices)
     if xp is np and indices.max() >= geometry.key_blocks:
         raise ValueError(

@@ -239,8 +239,11 @@ class BlockMask(BlockTables):
     ) -> "BlockMask":
         """Returns the same lists under limits no looser than they were built with.
 
+        What a traced offset shows beyond them stays hidden, as it is not listed.
+
         Raises:
-            ValueError: a limit is looser, so that tiles it shows are not listed.
+            ValueError: a limit is looser, or an offset known on the host moves one, so
+                that tiles it shows are not listed.
         """
         if self.is_causal and not is_causal:
             raise ValueError(
@@ -253,6 +256,7 @@ class BlockMask(BlockTables):
                 f"window_size={window_size} is wider than the {built} that block_mask "
                 "was built with: pass that, or build block_mask with the wider one"
             )
+        self._check_offset(query_offset)
         limits_agree = (is_causal, window_size) == (self.is_causal, built)
         if limits_agree and query_offset is None:
             return self
@@ -267,6 +271,18 @@ class BlockMask(BlockTables):
             is_causal=is_causal,
             window_size=window_size,
         )
+
+    def _check_offset(self, query_offset: tiles.Offset | None) -> None:
+        built, is_windowed = self.query_offset, self.window_size is not None
+        if not isinstance(built, np.ndarray) or isinstance(query_offset, jax.Array | None):
+            return
+        shows_later = (self.is_causal or is_windowed) and query_offset > built
+        shows_earlier = (self.is_anticausal or is_windowed) and query_offset < built
+        if shows_later or shows_earlier:
+            raise ValueError(
+                f"query_offset={query_offset} shows tiles that block_mask, built with "
+                f"query_offset={built}, does not list: build it with query_offset={query_offset}"
+            )
 
     def transpose(self) -> "BlockMask":
         """Returns the mask in which keys and queries have changed places.

@@ -106,10 +106,13 @@ class BlockTables:
         return listed & geometry.pairs(position, key) & pairs
 
     def density(self) -> Float[Array, ""] | float:
-        """Returns listed tiles over those of dense attention with the same limits."""
+        """Returns listed tiles over those of dense attention with the same limits.
+
+        0 where the limits leave dense attention nothing.
+        """
         dense, _, _ = tiles.rule_tiles(Dense(), self.geometry, self.query_offset)
         patterns = self.kv_counts.size // self.geometry.query_blocks
-        return self.kv_counts.sum() / (patterns * dense.sum())
+        return self.kv_counts.sum() / (patterns * dense.sum().clip(1))
 
     def picture(self, batch: int = 0) -> str:
         """Returns a picture in text, a character per block; coarser if there are many.

@@ -135,12 +135,15 @@ def _tile_bits(
     granules = _granule_map(block_mask, tiling, geometry)
     order = np.arange(tiling.query_granules * tiling.key_granules, dtype=np.uint32)
     weights = (np.uint32(1) << order).view(np.int32)
-    weights = weights.reshape(tiling.query_granules, 1, tiling.key_granules)
+    weights = weights.reshape(tiling.query_granules, tiling.key_granules).T
     xp = tiles.namespace(granules)
     # No two entries share a bit: their sum is their union, in two's complement.
-    bits = xp.where(granules, weights, np.int32(0)).sum((-3, -1), dtype=np.int32)
-    active, whole, _ = tiles.rule_tiles(Dense(), geometry, block_mask.query_offset)
-    is_full = granules.all((-3, -1)) & whole
+    bits = xp.where(granules, weights[..., None, None, None, None], np.int32(0))
+    bits = bits.sum((0, 1), dtype=np.int32)
+    offset = block_mask.query_offset
+    offset = offset if xp is np else jnp.asarray(offset)
+    active, whole, _ = tiles.rule_tiles(Dense(), geometry, offset)
+    is_full = granules.all((0, 1)) & whole
     listed = (bits != 0) & active
     if segments is not None:
         may_meet, are_one = _segment_tiles(segments, tiling)
@@ -150,18 +153,25 @@ def _tile_bits(
 
 
 def _granule_map(block_mask: BlockMask, tiling: Tiling, geometry: tiles.Geometry) -> tiles.Mask:
-    """Returns [b, Hp, M, query_granules, J, key_granules], True where attended."""
+    """Returns [key_granules, query_granules, b, Hp, M, J], True where attended.
+
+    The granules of a tile come first: short axes at the end are padded to many lanes.
+    """
     blocks = block_mask.block_map()
     blocks = blocks if blocks.ndim == 4 else blocks[None]
     xp = tiles.namespace(blocks)
     query = np.arange(geometry.query_blocks * tiling.query_granules) * tiling.query_granule
     key = np.arange(geometry.key_blocks * tiling.key_granules) * tiling.key_granule
-    inside = (query < block_mask.query_length)[:, None] & (key < block_mask.key_length)
+    # Vectors, combined by xp: traced programs hold no constants of the size of a map.
+    inside = xp.asarray(query < block_mask.query_length)[:, None]
+    inside = inside & xp.asarray(key < block_mask.key_length)
     query = (query // block_mask.query_block_size).clip(max=blocks.shape[-2] - 1)
     key = (key // block_mask.key_block_size).clip(max=blocks.shape[-1] - 1)
     fine = xp.take(xp.take(blocks, query, axis=-2), key, axis=-1) & inside
-    shape = (geometry.query_blocks, tiling.query_granules, geometry.key_blocks, -1)
-    return fine.reshape(*blocks.shape[:2], *shape)
+    rows = fine.reshape(*blocks.shape[:2], geometry.query_blocks, tiling.query_granules, -1)
+    rows = xp.moveaxis(rows, 3, 0)
+    pairs = rows.reshape(*rows.shape[:-1], geometry.key_blocks, tiling.key_granules)
+    return xp.moveaxis(pairs, -1, 0)
 
 
 def _segment_tiles(

@@ -10,6 +10,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.geometry import Geometry, Indices, Mask
@@ -24,7 +25,14 @@ def namespace(array: object) -> ModuleType:
 
 
 def as_scalar(offset: Offset) -> Int[np.ndarray, ""] | Int[Array, ""]:
-    """Returns the offset as an int32 array, on the host when it is static."""
+    """Returns the offset as an int32 array, on the host when it is static.
+
+    Raises:
+        ValueError: it is not one integer.
+    """
+    shape, dtype = np.shape(offset), jnp.result_type(offset)
+    if shape or not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"query_offset is {dtype}{list(shape)}: pass one integer")
     return namespace(offset).asarray(offset, np.int32)
 
 
@@ -61,7 +69,7 @@ def rule_tiles(rule: Rule, geometry: Geometry, offset: Offset) -> tuple[Mask, Ma
     allowed = xp.broadcast_to(allowed, (rule.pattern_heads, *some.shape))
     granules = (-3, -1)
     active = (allowed & some).any(granules)
-    full = (allowed & every).all(granules) & _whole_tiles(geometry)
+    full = (allowed & every).all(granules) & _whole_tiles(geometry, xp)
     is_uniform = rule.block_size is None
     if xp is np and not is_uniform:
         is_uniform = bool((allowed | ~some).all(granules)[active].all())
@@ -91,7 +99,16 @@ def compact(kinds: Indices, most: int | None = None) -> tuple[Indices, Indices, 
 
 def expand(counts: Indices, indices: Indices, length: int) -> Mask:
     """Undoes `compact`: returns booleans [..., length], True where an index is listed."""
-    return scatter(np.arange(indices.shape[-1]) < counts[..., None], indices, length)
+    listed = np.arange(indices.shape[-1]) < counts[..., None]
+    if namespace(indices) is np:
+        return scatter(listed, indices, length)
+    # TPUs scatter numbers one by one, and sort them first: half a minute to compile.
+    return lax.platform_dependent(
+        listed,
+        indices,
+        tpu=lambda listed, indices: _found(listed, indices, length),
+        default=lambda listed, indices: scatter(listed, indices, length),
+    )
 
 
 def scatter(marked: Mask, indices: Indices, length: int) -> Mask:
@@ -104,6 +121,14 @@ def scatter(marked: Mask, indices: Indices, length: int) -> Mask:
     else:
         marks = jnp.put_along_axis(marks, beyond, True, axis=-1, inplace=False)
     return marks[..., :length]
+
+
+def _found(
+    marked: Bool[Array, "... C"], indices: Int[Array, "... C"], length: int
+) -> Bool[Array, "... length"]:
+    """Does as `scatter`, by comparing each number with each index: nothing is stored."""
+    numbers = jnp.arange(length, dtype=indices.dtype)
+    return (marked[..., None] & (indices[..., None] == numbers)).any(-2)
 
 
 def _granules(length: int, tile: int, rule: Rule, offset: Offset) -> tuple[Indices, Indices]:
@@ -128,8 +153,9 @@ def _granules(length: int, tile: int, rule: Rule, offset: Offset) -> tuple[Indic
     return low, xp.minimum(block * size + size - 1, last[:, None])
 
 
-def _whole_tiles(geometry: Geometry) -> Bool[np.ndarray, "M J"]:
+def _whole_tiles(geometry: Geometry, xp: ModuleType) -> Mask:
     """False where a tile sticks out of the queries or the keys."""
     query = np.arange(1, geometry.query_blocks + 1) * geometry.query_block_size
     key = np.arange(1, geometry.key_blocks + 1) * geometry.key_block_size
-    return (query <= geometry.query_length)[:, None] & (key <= geometry.key_length)
+    whole: Mask = xp.asarray(query <= geometry.query_length)[:, None]
+    return whole & xp.asarray(key <= geometry.key_length)

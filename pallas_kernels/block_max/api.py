@@ -5,7 +5,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import tiles
@@ -101,7 +100,7 @@ def block_max_attention(
         key,
         _usable(lse, query.dtype),
         segment_ids,
-        jnp.asarray(offset, np.int32),
+        jnp.asarray(tiles.as_scalar(offset)),
         geometry,
         Scores(query.shape[-1] ** -0.5 if scale is None else scale, logits_soft_cap),
         group_reduction == "max",
@@ -140,9 +139,13 @@ def _check_arrays(query: Array, key: Array, lse: Array) -> None:
         )
 
 
-def _check_segments(query: Array, key: Array, segment_ids: tuple[Array, Array] | None) -> None:
+def _check_segments(query: Array, key: Array, segment_ids: tuple[Array, ...] | None) -> None:
     if segment_ids is None:
         return
+    if len(segment_ids) != 2:
+        raise ValueError(
+            f"segment_ids has {len(segment_ids)} entries: pass 2, of the queries and of the keys"
+        )
     for name, ids, array in zip(("query", "key"), segment_ids, (query, key), strict=True):
         if ids.shape != array.shape[:2] or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(

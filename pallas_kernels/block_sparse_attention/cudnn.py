@@ -72,5 +72,5 @@ def _lists_everything(block_mask: BlockMask) -> bool:
         return True
     if block_mask.inner_rule is not None or not isinstance(block_mask.kv_counts, np.ndarray):
         return False
-    dense, _, _ = tiles.rule_tiles(Dense(), block_mask.geometry, 0)
-    return bool((block_mask.kv_counts == dense.sum(-1)).all())
+    visible, _, _ = tiles.rule_tiles(Dense(), block_mask.geometry, 0)
+    return bool((block_mask.block_map() | ~visible).all())

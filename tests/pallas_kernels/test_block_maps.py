@@ -125,3 +125,13 @@ def test_overflow_stays_finite_and_agrees_with_the_reference():
 def test_bad_input(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_indices_of_a_narrow_type():
+    """More blocks than the type can count."""
+    indices = np.asarray([[[0, 3]], [[-1, 127]]], np.int8)
+    for given in (indices, jnp.asarray(indices)):
+        mask = BlockMask.from_top_k(given, 8, 200 * 8, 8, 8, is_causal=False)
+        np.testing.assert_array_equal(mask.kv_counts, [[2], [1]])
+        np.testing.assert_array_equal(mask.kv_indices[:, 0], [[0, 3], [127, 127]])
+        assert not mask.overflow.any()

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import BlockMask, Dense, Local, Strided
+from pallas_kernels import BlockMask, Dense, Local, Strided, tiles
 from pallas_kernels.block_mask import FULL, PARTIAL
 
 RULES = {
@@ -164,6 +164,8 @@ def test_density_is_relative_to_dense_with_the_same_limits():
     assert dense.density() == 1
     own_block = BlockMask.from_rule(Local(10), 100, is_causal=True)
     assert own_block.density() == pytest.approx(10 / 55)
+    nothing = BlockMask.from_rule(Dense(), 80, 80, 8, 8, is_causal=True, query_offset=-100)
+    assert nothing.density() == 0
 
 
 def test_masks_of_one_shape_share_a_compilation():
@@ -202,6 +204,14 @@ def test_no_table_grows_with_tokens():
             "set homo_head=False",
         ),
         (lambda: BlockMask.from_rule(Dense(), 0, is_causal=True), "query_length=0"),
+        (
+            lambda: inspect.unwrap(tiles.as_scalar)(np.zeros(2, np.int32)),
+            r"query_offset is int32\[2\]: pass one integer",
+        ),
+        (
+            lambda: inspect.unwrap(tiles.as_scalar)(1.5),
+            r"query_offset is float32\[\]: pass one integer",
+        ),
         (
             lambda: BlockMask.from_rule(Dense(), 8, 8, 0, is_causal=True),
             "query_block_size=0 must be at least 1",

@@ -312,6 +312,7 @@ BAD_CALLS = {
         "segment_ids": (zeros(1, 16, dtype=jnp.int32), zeros(1, 9, dtype=jnp.int32))
     },
     "segment_ids of the query are float32": {"segment_ids": (zeros(1, 16),) * 2},
+    "segment_ids has 1 entries: pass 2": {"segment_ids": (zeros(1, 16, dtype=jnp.int32),)},
     "query_block_size=0 must be at least 1": {"query_block_size": 0},
     "key_block_size=-4 must be at least 1": {"key_block_size": -4},
     "window_size=0 must be at least 1": {"window_size": 0},

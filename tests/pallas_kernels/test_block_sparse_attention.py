@@ -158,6 +158,21 @@ def test_offset_of_the_call_overrides_that_of_the_mask():
     )
 
 
+@pytest.mark.parametrize(
+    ("limits", "offset"),
+    [
+        ({"is_causal": True}, 17),
+        ({"is_causal": False, "window_size": 9}, 15),
+        ({"is_causal": False, "window_size": 9}, 17),
+    ],
+)
+def test_an_offset_that_shows_tiles_not_listed(limits, offset):
+    block_mask = BlockMask.from_rule(Dense(), 16, 32, 8, 8, **limits)
+    inputs = arrays(1, 16, 32, 2, 2, np.float32)
+    with pytest.raises(ValueError, match=rf"query_offset={offset} shows .* query_offset=16,"):
+        block_sparse_attention(*inputs, block_mask, query_offset=offset, **limits)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_small_dtypes(dtype):
     inputs = arrays(1, 40, 40, 2, 1, dtype)

@@ -3,10 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import BlockMask, Local, Strided, kernel_tables
+from pallas_kernels import BlockMask, Local, Strided, kernel_tables, tiles
 from pallas_kernels.kernel_tables import FULL, Lists, Segments, Tiling
 
 SIZES = (4, 6, 8, 16, 24, 32)
@@ -169,3 +170,38 @@ def test_refusals():
     one = BlockMask.from_block_map(np.ones((1, 1, 1), bool), 60, 60, 60, 60, is_causal=True)
     assert kernel_tables.refusal(one, 64, 64) is None
     assert dataclasses.astuple(Tiling.of(one, 64, 64)) == (64, 64, 64, 64)
+
+
+def test_traced_programs_hold_no_table():
+    """What follows from lengths alone is computed, not stored: only vectors are constants."""
+
+    mask = jax.eval_shape(
+        lambda x: BlockMask.from_block_map(x, 8192, 8192, 64, 64, is_causal=True, query_offset=0),
+        jax.ShapeDtypeStruct((1, 128, 128), bool),
+    )
+    closed = jax.make_jaxpr(
+        lambda mask: kernel_tables.key_lists(mask, Tiling.of(mask, 128, 128), None)
+    )(mask)
+    assert max(np.size(constant) for constant in closed.consts) <= 128
+
+
+def test_lists_expand_alike_on_every_platform():
+    rng = np.random.default_rng(0)
+    block_map = rng.random((2, 3, 5, 9)) < 0.4
+    counts, indices, _ = tiles.compact(block_map.astype(np.int32))
+    listed = jnp.arange(indices.shape[-1]) < counts[..., None]
+    np.testing.assert_array_equal(tiles.expand(counts, indices, 9), block_map)
+    np.testing.assert_array_equal(tiles.expand(counts, jnp.asarray(indices), 9), block_map)
+    np.testing.assert_array_equal(tiles._found(listed, jnp.asarray(indices), 9), block_map)
+
+
+def test_lists_of_the_host_at_a_traced_offset():
+    mask = BlockMask.from_rule(Local(16), 64, is_causal=False, query_offset=0)
+    tiling = Tiling.of(mask, 32, 32)
+    expected = kernel_tables.key_lists(mask.tightened(True, None, np.int32(7)), tiling, None)
+    found = jax.jit(
+        lambda offset: kernel_tables.key_lists(mask.tightened(True, None, offset), tiling, None)
+    )(7)
+    np.testing.assert_array_equal(found.counts, expected.counts)
+    width = expected.bits.shape[-1]
+    np.testing.assert_array_equal(found.bits[..., :width], expected.bits)

@@ -75,6 +75,8 @@ def test_chunks_hold_as_much_as_fits(monkeypatch):
     assert chunk(4, 6, 5, 2, 2) == flat.Chunk(1, 3, 5)
     assert chunk(4, 6, 7, 2, 10) == flat.Chunk(1, 1, 4)
     assert chunk(1, 1, 7, 2, 60) == flat.Chunk(1, 1, 1)
+    # Three rows would be one chunk in two, but with 120 visits.
+    assert chunk(1, 1, 5, 1, 40) == flat.Chunk(1, 1, 2)
 
 
 def _traced_call(seed):
@@ -263,6 +265,17 @@ def test_tiles_suit_the_mask():
 )
 def test_refusals(call, platform, reason):
     assert reason in pallas_tpu.refusal(call(), Target(platform))
+
+
+def test_numbers_of_head_and_tile_fit_into_a_word(monkeypatch):
+    """Three heads take two bits, which leaves two of four: four tiles, and not five."""
+    monkeypatch.setattr(flat, "TILE_BITS", 4)
+    for tile_count, fits in ((4, True), (5, False)):
+        length = 1024 * tile_count
+        call = _call(BlockMask.from_rule(Dense(), length, is_causal=True))
+        query = jnp.zeros((1, length, 3, 64), jnp.bfloat16)
+        reason = pallas_tpu.refusal(dataclasses.replace(call, query=query), Target("tpu"))
+        assert reason is None if fits else "number more than 4" in reason
 
 
 def test_float64_is_refused():

@@ -58,6 +58,12 @@ def test_every_tile_listed_is_dense_whoever_listed_it():
     assert "leaves tiles out" in explained(HOPPER, gap).refusals["cudnn"]
 
 
+def test_as_many_tiles_as_dense_attention_are_not_those_of_dense_attention():
+    other = np.array([[[False, True], [True, True]]])
+    mask = BlockMask.from_block_map(other, 256, 256, 128, 128, is_causal=False)
+    assert "leaves tiles out" in explained(HOPPER, mask).refusals["cudnn"]
+
+
 def test_dense_masks_go_to_jax_nn_whole(monkeypatch):
     """What cuDNN would compute is what `reference` computes."""
     rng = np.random.default_rng(0)

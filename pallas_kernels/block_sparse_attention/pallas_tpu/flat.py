@@ -54,9 +54,10 @@ class Chunk:
         """Returns the largest chunk whose visits fit."""
         batches, patterns, rows, members, longest = lists.tiles.shape
         # Row numbers of a chunk have ROW_BITS.
-        parts = max(-(-rows * members * longest // MOST_VISITS), -(-rows // 2**ROW_BITS))
-        if parts > 1:
-            return cls(1, 1, -(-rows // min(parts, rows)))
+        most = min(max(1, MOST_VISITS // (members * longest)), 2**ROW_BITS)
+        if rows > most:
+            # As many chunks as it takes, of like size: their rows overlap least.
+            return cls(1, 1, -(-rows // -(-rows // most)))
         fitting = MOST_VISITS // (rows * members * longest)
         if fitting < patterns:
             return cls(1, _divisor(patterns, fitting), rows)
