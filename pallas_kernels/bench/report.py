@@ -67,18 +67,19 @@ def save(results: Sequence[Result], command: str, folder: pathlib.Path) -> list[
         for axes, name in zip(grid[:, column], PASSES, strict=True):
             _draw(axes, own, name)
             axes.set_title(f"{name}, T={length}, H={head_dim}")
-    grid[0, 0].legend()
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(folder / "bench.png", dpi=150)
     return [path, folder / "bench.png"]
 
 
 def _draw(axes: Any, results: Sequence[Result], name: str) -> None:
     """Draws time against density; a dense method is a level line."""
-    for contender in dict.fromkeys(result.contender for result in results):
+    for number, contender in enumerate(dict.fromkeys(r.contender for r in results)):
         own = [r for r in results if r.contender == contender and name in r.ms]
         points = sorted((r.case.density, r.ms[name]) for r in own)
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=contender)
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{number}", label=contender)
+    axes.set_xlim(0, 1.05)
     axes.set_yscale("log")
     axes.set_xlabel("density of blocks")
     axes.set_ylabel("ms")
