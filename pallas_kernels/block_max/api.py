@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import tiles
 from pallas_kernels.block_max.call import IMPLEMENTATIONS, Call, Implementation
 from pallas_kernels.block_sparse_attention.scores import Scores
+from pallas_kernels.checks import check_heads
 from pallas_kernels.geometry import Geometry
 
 SegmentIds = tuple[Int[Array, "B T"], Int[Array, "B S"]]
@@ -117,20 +118,10 @@ def _usable(lse: Array, dtype: jnp.dtype) -> Array:
 
 
 def _check_arrays(query: Array, key: Array, lse: Array) -> None:
-    for name, array in {"query": query, "key": key}.items():
-        if array.ndim != 4:
-            raise ValueError(
-                f"{name} has shape {array.shape}: pass [batch, length, heads, head_dim]"
-            )
+    check_heads(query, key)
     if key.dtype != query.dtype or not jnp.issubdtype(query.dtype, jnp.floating):
         raise ValueError(
             f"key is {key.dtype}, query {query.dtype}: cast both to one floating dtype"
-        )
-    batch, _, num_heads, head_dim = query.shape
-    if (key.shape[0], key.shape[3]) != (batch, head_dim) or num_heads % key.shape[2]:
-        raise ValueError(
-            f"key has shape {key.shape}, query {query.shape}: pass equal batch and "
-            "head_dim, and key heads that divide the query heads"
         )
     if lse.shape != query.shape[:3] or not jnp.issubdtype(lse.dtype, jnp.floating):
         raise ValueError(

@@ -93,3 +93,8 @@ def visible_tiles(
         last_key = jnp.maximum(last_key, in_prefix)
     start = keys.tile_of(first_query - most)
     return start, jnp.where(last_key < 0, start, keys.tile_of(last_key) + 1)
+
+
+def power_of_two(number: int) -> int:
+    """Returns the least power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()

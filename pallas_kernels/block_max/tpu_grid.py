@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from pallas_kernels.block_max.axis import Axis, visible_tiles
+from pallas_kernels.block_max.axis import Axis, power_of_two, visible_tiles
 from pallas_kernels.block_max.call import Call
 from pallas_kernels.block_sparse_attention.scores import Scores
 from pallas_kernels.geometry import Geometry, Mask
@@ -38,14 +38,14 @@ class Plan:
     def of(cls, call: Call) -> "Plan":
         """Returns the plan of a call, with the largest tiles that suit the hardware."""
         geometry = call.geometry
-        padded = max(SUBLANES, _power_of_two(geometry.key_block_size))
+        padded = max(SUBLANES, power_of_two(geometry.key_block_size))
         # Rows of maxima can be written eight or more at a time, or one at a time.
         tile = max(_KEY_TILE, SUBLANES * padded)
         tile = tile if padded <= _LARGEST_SHARING else min(padded, _KEY_TILE)
         keys = Axis(geometry.key_length, geometry.key_block_size, padded, tile)
         size = geometry.query_block_size
-        padded = 1 if size == 1 else max(SUBLANES, _power_of_two(size))
-        rows = max(LANES, _power_of_two(geometry.query_blocks * padded))
+        padded = 1 if size == 1 else max(SUBLANES, power_of_two(size))
+        rows = max(LANES, power_of_two(geometry.query_blocks * padded))
         tile = min(rows, _QUERY_TILE, _MOST_SCORES // tile)
         queries = Axis(geometry.query_length, size, padded, tile)
         return cls(geometry, queries, keys, call.scores, call.group, call.over_group)
@@ -131,8 +131,3 @@ class Place(NamedTuple):
         query, key = (self.batch, self.query_tile), (self.batch, self.nearest_key_tile)
         are_one = facts.query_low[query] == facts.key_high[key]
         return inside & are_one & (facts.key_low[key] == facts.query_high[query])
-
-
-def _power_of_two(number: int) -> int:
-    """Returns the least power of two that is not smaller."""
-    return 1 << (number - 1).bit_length()

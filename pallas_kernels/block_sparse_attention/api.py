@@ -1,4 +1,4 @@
-"""The public function: it checks its arguments and picks an implementation."""
+"""The public functions: attention by the best implementation, and which one that is."""
 
 from collections.abc import Sequence
 from typing import Any

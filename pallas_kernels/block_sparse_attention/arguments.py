@@ -7,6 +7,7 @@ from pallas_kernels import tiles
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.call import Call
 from pallas_kernels.block_sparse_attention.scores import Scores
+from pallas_kernels.checks import check_heads
 
 
 def checked(
@@ -37,11 +38,8 @@ def checked(
 
 
 def _check_arrays(query: Array, key: Array, value: Array) -> None:
+    check_heads(query, key)
     for name, array in {"query": query, "key": key, "value": value}.items():
-        if array.ndim != 4:
-            raise ValueError(
-                f"{name} has shape {array.shape}: pass [batch, length, heads, head_dim]"
-            )
         if array.dtype != query.dtype or not jnp.issubdtype(query.dtype, jnp.floating):
             raise ValueError(
                 f"{name} is {array.dtype}, query {query.dtype}: cast query, key and "
@@ -49,12 +47,6 @@ def _check_arrays(query: Array, key: Array, value: Array) -> None:
             )
     if key.shape != value.shape:
         raise ValueError(f"value has shape {value.shape}, key {key.shape}: pass equal shapes")
-    batch, _, num_heads, head_dim = query.shape
-    if (key.shape[0], key.shape[3]) != (batch, head_dim) or num_heads % key.shape[2]:
-        raise ValueError(
-            f"key has shape {key.shape}, query {query.shape}: pass equal batch and "
-            "head_dim, and key heads that divide the query heads"
-        )
 
 
 def _check_mask(query: Array, key: Array, block_mask: BlockMask) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import triton_call
-from pallas_kernels.block_max.axis import Axis, visible_tiles
+from pallas_kernels.block_max.axis import Axis, power_of_two, visible_tiles
 from pallas_kernels.block_max.call import Call
 from pallas_kernels.block_max.triton.spec import Spec
 from pallas_kernels.targets import Target
@@ -68,10 +68,10 @@ def _spec(call: Call) -> Spec:
     geometry, head_dim, is_exact = call.geometry, call.query.shape[-1], _is_exact(call)
     # Key blocks that are tiles of their own need no cut through the scores.
     widest = 32 if is_exact or head_dim > 128 else 128
-    padded = _power_of_two(geometry.key_block_size)
+    padded = power_of_two(geometry.key_block_size)
     tile = min(max(32, padded), widest)
     keys = Axis(geometry.key_length, geometry.key_block_size, padded, tile)
-    padded = _power_of_two(geometry.query_block_size)
+    padded = power_of_two(geometry.query_block_size)
     tile = 32 if is_exact else 128
     queries = Axis(geometry.query_length, geometry.query_block_size, padded, tile)
     return Spec(
@@ -91,11 +91,6 @@ def _spec(call: Call) -> Spec:
 def _is_exact(call: Call) -> bool:
     """float32 is computed as such, off the tensor cores."""
     return bool(call.query.dtype == jnp.float32)
-
-
-def _power_of_two(number: int) -> int:
-    """Returns the least power of two that is not smaller."""
-    return 1 << (number - 1).bit_length()
 
 
 def _visible_columns(
