@@ -6,7 +6,8 @@
 Every method gets the same random arrays and, if it can take one, the same random causal
 block mask. A method is timed only after its output and gradients agreed with the
 float32 reference in the same run. TFLOP/s count the pairs that a method has to visit:
-those of the mask, or the whole causal triangle.
+those of the mask, or the whole causal triangle. MiB is what XLA reserves for forward and
+backward beside inputs and outputs.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def measure(case: Case, methods: dict[str, Contender], rounds: int) -> list[Resu
         if (run := getattr(ready, kind)) is not None
     }
     times = median_ms(passes, rounds, label)
-    return [_result(case, name, size, times) for name, (_, size) in prepared.items()]
+    return [_result(case, name, *own, times) for name, own in prepared.items()]
 
 
 def _checked(name: str, method: Contender, case: Case, dense: Case) -> tuple[Prepared, Case]:
@@ -166,7 +167,9 @@ def _checked(name: str, method: Contender, case: Case, dense: Case) -> tuple[Pre
     return ready, visited
 
 
-def _result(case: Case, name: str, visited: Case, times: dict[tuple[str, str], float]) -> Result:
+def _result(
+    case: Case, name: str, ready: Prepared, visited: Case, times: dict[tuple[str, str], float]
+) -> Result:
     ms = {kind: time for (own, kind), time in times.items() if own == name}
     flops = visited.flops()
     tflops = {kind: flops[kind] / time / 1e9 for kind, time in ms.items()}
@@ -176,7 +179,7 @@ def _result(case: Case, name: str, visited: Case, times: dict[tuple[str, str], f
             if not rival.startswith(_OURS) or rival == f"{name}{_DENSE}":
                 rival = rival.removeprefix(f"{name} ")
                 over.setdefault(rival, {})[kind] = time / ms[kind]
-    return Result(case, name, ms, tflops, over)
+    return Result(case, name, ms, tflops, ready.temporary_mib, over)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,15 @@ class Prepared:
         backward: runs the backward pass alone; None where there is none.
         results: returns (out, dQ, dK, dV), or (out,) without a backward pass.
         is_sparse: it reads the block mask of the case, and not the causal triangle.
+        temporary_mib: what the compiler reserves for forward and backward beside inputs
+            and outputs; None where no compiler tells.
     """
 
     forward: Callable[[int], object]
     backward: Callable[[int], object] | None
     results: Callable[[], tuple[Array, ...]]
     is_sparse: bool
+    temporary_mib: float | None = None
 
 
 def ours(case: Case, arrays: tuple[Array, ...], implementation: str | None) -> Prepared:
@@ -134,4 +137,14 @@ def _prepare_jax(
         lambda times: repeat(pull_back, residuals(), jnp.asarray(d_out))(times),
         results,
         is_sparse,
+        _temporary_mib(attend, arrays),
     )
+
+
+def _temporary_mib(attend: Callable[..., Array], arrays: tuple[Array, ...]) -> float | None:
+    def both(query: Array, key: Array, value: Array, d_out: Array) -> Any:
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(d_out)
+
+    analysis = jax.jit(both).lower(*arrays).compile().memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes / 2**20

@@ -21,6 +21,7 @@ class Result:
         contender: its name.
         ms: milliseconds by pass.
         tflops: achieved on the pairs that the contender has to visit, by pass.
+        temporary_mib: memory of forward and backward, see `contenders.Prepared`.
         over: speed-up over other contenders, by their name and pass.
     """
 
@@ -28,21 +29,23 @@ class Result:
     contender: str
     ms: dict[str, float]
     tflops: dict[str, float]
+    temporary_mib: float | None
     over: dict[str, dict[str, float]]
 
 
 def markdown(results: Sequence[Result]) -> str:
     """Returns one row for each case, contender and pass."""
     rivals = list(dict.fromkeys(name for result in results for name in result.over))
-    header = ["T", "H", "density", "method", "pass", "ms", "TFLOP/s"]
+    header = ["T", "H", "density", "method", "pass", "ms", "TFLOP/s", "MiB"]
     rows = []
     for result in results:
         case = result.case
+        mib = "" if result.temporary_mib is None else f"{result.temporary_mib:.0f}"
         for name, ms in result.ms.items():
             ratios = [result.over.get(rival, {}).get(name) for rival in rivals]
             rows.append(
                 [case.length, case.head_dim, case.density, result.contender, name]
-                + [f"{ms:.3g}", f"{result.tflops[name]:.3g}"]
+                + [f"{ms:.3g}", f"{result.tflops[name]:.3g}", mib]
                 + ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
             )
     return table(header + [f"over {rival}" for rival in rivals], rows)

@@ -61,6 +61,7 @@ def test_command(tmp_path, capsys):
     assert [row["case"]["density"] for row in own] == [0.5, 1.0]
     assert own[0]["over"].keys() == {"jax.nn", "dense"}
     assert own[0]["ms"].keys() == {"forward", "backward"}
+    assert own[0]["temporary_mib"] > 0
     assert (tmp_path / "bench.png").stat().st_size > 0
     printed = capsys.readouterr()
     assert "| 128 | 16 | 0.5 | ours (auto) | forward |" in printed.out
