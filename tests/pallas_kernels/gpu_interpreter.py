@@ -12,8 +12,10 @@ def compile_once(monkeypatch: Any) -> None:
     """Lets the interpreter compile a kernel once.
 
     It would compile it for every thread of every block of the grid, which are
-    hundreds of times the same program.
+    hundreds of times the same program. These threads wait for one another in XLA's own:
+    it must have more of them than the kernel, which it has with several devices.
     """
+    assert jax.local_device_count() >= 4
     compiled: dict[int, tuple[Any, Callable[..., Any]]] = {}
     lock = threading.Lock()
 

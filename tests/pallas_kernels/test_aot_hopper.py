@@ -21,9 +21,9 @@ from tests.pallas_kernels import aot_process
 pytestmark = pytest.mark.aot
 
 LENGTH, HEADS, KV_HEADS = 32768, 32, 8
-# Of registers, per thread. What is spilled is around the inner loops and in masked tiles,
-# where dK and dV and their scores leave no room.
-MOST_SPILLED = 256
+# Bytes per thread. What is spilled is around the inner loops and in masked tiles, where dK
+# and dV and their scores leave no room; of float32 it is the pieces of the scores.
+MOST_SPILLED = {jnp.bfloat16: 256, jnp.float16: 256, jnp.float32: 640}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ PROGRAMS = {
     "random_128": Program(_random(1, 128), head_dim=64, dtype=jnp.float16),
     "dense_192": Program(_rule(Dense()), head_dim=192),
     "dense_256": Program(_rule(Dense()), head_dim=256, soft_cap=50.0),
+    "float32": Program(_random(1, 64), dtype=jnp.float32),
 }
 
 
@@ -72,7 +73,7 @@ def test_compiles_without_a_score_matrix(name):
     # Queries, output and their gradients, padded to whole tiles and heads, with the lists.
     assert 0 < outcome["temporary"] < 6 * outcome["queries"]
     assert outcome["kernels"] == 3
-    assert outcome["spilled"] <= MOST_SPILLED
+    assert outcome["spilled"] <= MOST_SPILLED[PROGRAMS[name].dtype]
 
 
 def compile_program(program: Program) -> dict[str, int]:

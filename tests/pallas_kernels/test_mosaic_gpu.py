@@ -48,7 +48,6 @@ INTERPRETED_CASES = {
         batch=2,
         segments=2,
         soft_cap=1.5,
-        dtype=jnp.bfloat16,
     ),
     "window, pattern per query head": Case(
         block_map(2, 6, 6, size=32, is_causal=True, window_size=75), dtype=jnp.float16
@@ -63,6 +62,7 @@ INTERPRETED_CASES = {
         head_dim=80,
         dtype=jnp.bfloat16,
     ),
+    "float32 in one stage": Case(rule(Local(64, left=2), 130), heads=1, head_dim=128),
     "head of 256, nothing seen": Case(
         rule(Local(64, left=2), 130, query_offset=-40), heads=1, head_dim=256, dtype=jnp.bfloat16
     ),
@@ -212,12 +212,11 @@ def test_refusals():
             call, dataclasses.replace(HOPPER, compute_capability=capability)
         )
         assert "only Hopper has the wgmma" in reason
-    float32 = kernel_cases.make(CASES["window"])
-    assert mosaic_gpu.refusal(float32, HOPPER) == (
-        "WGMMA rounds float32 to TF32: cast to bfloat16 or float16"
-    )
-    wide = kernel_cases.make(dataclasses.replace(CASES["bfloat16"], head_dim=320))
-    assert mosaic_gpu.refusal(wide, HOPPER) == "head_dim=320 must be at most 256"
+    for dtype, largest in ((jnp.bfloat16, 256), (jnp.float32, 128)):
+        wide = dataclasses.replace(CASES["bfloat16"], head_dim=largest + 1, dtype=dtype)
+        assert mosaic_gpu.refusal(kernel_cases.make(wide), HOPPER) == (
+            f"head_dim={largest + 1} in {jnp.dtype(dtype)} must be at most {largest}"
+        )
     fine = Case(block_map(1, 12, 12, size=8, is_causal=True), dtype=jnp.bfloat16)
     assert "more than 32 bits" in mosaic_gpu.refusal(kernel_cases.make(fine), HOPPER)
 
@@ -230,17 +229,22 @@ def test_refuses_where_mosaic_cannot_be_imported(monkeypatch):
     assert reason.startswith("Mosaic GPU cannot be imported: pip install")
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
-def test_plans_fit_shared_memory(head_dim):
-    call = kernel_cases.make(dataclasses.replace(CASES["bfloat16"], head_dim=head_dim))
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, "float32"), (128, "float32"), *((h, "bfloat16") for h in (64, 80, 128, 192, 256))],
+)
+def test_plans_fit_shared_memory(head_dim, dtype):
+    case = dataclasses.replace(CASES["bfloat16"], head_dim=head_dim, dtype=jnp.dtype(dtype))
+    call = kernel_cases.make(case)
     plans = mosaic_gpu.plans(call, HOPPER)
     assert len(set(plans)) == len(plans) > 1
-    sizes = tuning.tiles(head_dim, call.block_mask)
+    sizes = tuning.tiles(head_dim, call.query.dtype, call.block_mask)
     assert sizes == tuple((t.query_tile, t.key_tile) for t in tilings(plans[0]))
-    row = 2 * (-(-head_dim // 64) * 64)
+    row = (6 if dtype == "float32" else 2) * (-(-head_dim // 64) * 64)
     for plan in plans:
-        stages = dataclasses.astuple(plan.options)
-        assert all(2 <= n <= 4 for n in stages)
+        _, *stages = dataclasses.astuple(plan.options)
+        # float32 may leave room for no more than one.
+        assert all((1 if dtype == "float32" else 2) <= n <= 4 for n in stages)
         forward, d_query, d_key = tilings(plan)
         tokens = (
             forward.query_tile + 2 * stages[0] * forward.key_tile,

@@ -3,8 +3,9 @@
 Three kernels, forward, dQ and dK with dV, each with warpgroups that compute and one that
 copies: it reads the lists and lets TMA fill rings of tiles in shared memory (`rings`),
 whose products are WGMMA's (`warpgroup`). Heads are padded to 64, 128, 192 or 256. Products
-of bfloat16 and float16 sum up in float32; weights and their gradients are rounded to the
-input's type before they are multiplied.
+sum up in float32. Of bfloat16 and float16, weights and their gradients are rounded to the
+input's type before they are multiplied; float32 runs as three bfloat16 arrays (`pieces`),
+exact and six times the products, in heads of up to 128.
 """
 
 import functools
@@ -24,6 +25,18 @@ _HOPPER = 90
 
 def refusal(call: Call, target: Target) -> str | None:
     """Returns why it cannot compute the call there; None when it can."""
+    reason = machine_refusal(call.query, target)
+    if reason is not None:
+        return reason
+    for sizes in tuning.tiles(call.query.shape[-1], call.query.dtype, call.block_mask):
+        reason = kernel_tables.refusal(call.block_mask, *sizes)
+        if reason is not None:
+            return reason
+    return None
+
+
+def machine_refusal(query: Float[Array, "B T N H"], target: Target) -> str | None:
+    """Returns why no kernel can multiply such queries there; None when one can."""
     capability = target.compute_capability
     if target.platform != "cuda" or capability is None:
         return f"needs an NVIDIA GPU of the Hopper generation, not {target.platform}"
@@ -32,17 +45,11 @@ def refusal(call: Call, target: Target) -> str | None:
             f"needs compute capability 9.0 (Hopper), not {capability / 10}: only Hopper has "
             "the wgmma instructions"
         )
-    dtype, head_dim = call.query.dtype, call.query.shape[-1]
-    if dtype == jnp.float32:
-        return "WGMMA rounds float32 to TF32: cast to bfloat16 or float16"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it takes bfloat16 and float16, not {dtype}"
-    if head_dim > tuning.LARGEST_HEAD:
-        return f"head_dim={head_dim} must be at most {tuning.LARGEST_HEAD}"
-    for sizes in tuning.tiles(head_dim, call.block_mask):
-        reason = kernel_tables.refusal(call.block_mask, *sizes)
-        if reason is not None:
-            return reason
+    dtype, head_dim = query.dtype, query.shape[-1]
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 and float32, not {dtype}"
+    if head_dim > tuning.largest_head(dtype):
+        return f"head_dim={head_dim} in {dtype} must be at most {tuning.largest_head(dtype)}"
     return _import_error()
 
 

@@ -8,12 +8,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
-from pallas_kernels.block_sparse_attention.mosaic_gpu import softmax
+from pallas_kernels.block_sparse_attention.mosaic_gpu import pieces, softmax
 from pallas_kernels.block_sparse_attention.mosaic_gpu.backward_key import key_gradients
 from pallas_kernels.block_sparse_attention.mosaic_gpu.backward_query import query_gradient
-from pallas_kernels.block_sparse_attention.mosaic_gpu.forward import forward
+from pallas_kernels.block_sparse_attention.mosaic_gpu.forward import attention
 
-__all__ = ["backward", "forward"]
+
+def forward(
+    plan: Plan,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    tables: Tables,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Returns (out, lse), see `differentiable.Backend`."""
+    dtype = query.dtype
+    query, key, value = map(pieces.split, (query, key, value))
+    out, lse = attention(plan, query, key, value, tables)
+    return pieces.join(out, dtype), lse
 
 
 def backward(
@@ -28,5 +40,8 @@ def backward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Returns (dQ, dK, dV), see `differentiable.Backend`."""
     statistics = jnp.stack([lse * softmax.LOG2_E, shift], axis=2)
-    arrays = (query, key, value, d_out.astype(query.dtype), statistics)
-    return query_gradient(plan, *arrays, tables), *key_gradients(plan, *arrays, tables)
+    dtype = query.dtype
+    query, key, value, d_out = map(pieces.split, (query, key, value, d_out.astype(dtype)))
+    d_query = query_gradient(plan, query, key, value, d_out, statistics, tables)
+    d_key, d_value = key_gradients(plan, query, key, value, d_out, statistics, tables)
+    return pieces.join(d_query, dtype), pieces.join(d_key, dtype), pieces.join(d_value, dtype)

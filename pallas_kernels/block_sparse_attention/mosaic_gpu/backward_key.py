@@ -15,13 +15,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
-from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, softmax
+from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, rings, softmax
 from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import Ring, tile_scratch
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rows import Rows
 from pallas_kernels.block_sparse_attention.mosaic_gpu.warpgroup import (
     ROWS,
+    Tile,
     Warpgroup,
     along_columns,
 )
@@ -43,21 +44,24 @@ class _Sums(NamedTuple):
 
 def key_gradients(
     plan: Plan,
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    d_out: Float[Array, "B T N H"],
+    query: Float[Array, "BP T N H"],
+    key: Float[Array, "BP S K H"],
+    value: Float[Array, "BP S K H"],
+    d_out: Float[Array, "BP T N H"],
     statistics: Float[Array, "B N 2 T"],
     tables: Tables,
-) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """Returns (dK, dV); statistics are lse in base 2 and the shift of `differentiable`."""
-    batch, length, kv_heads, head_dim = key.shape
-    tiling, stages = plan.d_key, plan.options.d_key_stages
-    tile = (tiling.query_tile, head_dim)
+) -> tuple[Float[Array, "BP S K H"], Float[Array, "BP S K H"]]:
+    """Returns (dK, dV) in `pieces`, as all arrays of tokens are.
+
+    statistics are lse in base 2 and the shift of `differentiable`.
+    """
+    batch, (_, length, kv_heads, head_dim) = statistics.shape[0], key.shape
+    tiling, stages, count = plan.d_key, plan.options.d_key_stages, plan.options.pieces
+    tile = (count, tiling.query_tile, head_dim)
     ring = Ring.scratch(stages, tile, query.dtype, _WARPGROUPS)
-    vectors = Ring.scratch(stages, (2, tiling.query_tile), jnp.float32, _WARPGROUPS)
+    vectors = Ring.scratch(stages, (1, 2, tiling.query_tile), jnp.float32, _WARPGROUPS)
     parts = tiling.key_tile // ROWS
-    resident = tile_scratch((parts, ROWS, head_dim), key.dtype)
+    resident = tile_scratch((parts, count, ROWS, head_dim), key.dtype)
     gradient = jax.ShapeDtypeStruct(key.shape, key.dtype)
     d_key, d_value = kernels.launch(
         lambda *refs: _kernel(plan, *refs),
@@ -69,7 +73,7 @@ def key_gradients(
         scratch=(
             resident,
             resident,
-            plgpu.Barrier(num_barriers=parts, num_arrivals=2),
+            plgpu.Barrier(num_barriers=parts, num_arrivals=2 * count),
             plgpu.Barrier(num_arrivals=_WARPGROUPS),
             ring,
             ring,
@@ -90,28 +94,28 @@ def _kernel(
     values: Any,
     ready: Any,
     finished: Any,
-    *rings: Any,
+    *streamed: Any,
 ) -> None:
     """One tile of keys; see `key_gradients` for the scratch."""
     query_ref, key_ref, value_ref, d_out_ref, statistics_ref = arrays
-    tiling, heads = plan.d_key, query_ref.shape[2]
+    tiling, heads, count = plan.d_key, query_ref.shape[2], plan.options.pieces
     is_shared = keys.shape[0] == _WARPGROUPS
     # Under causality the first tiles have the longest lists: they start first.
     batch, kv_head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
     group = _Group(mask.lists, batch, kv_head, tile, heads, heads // key_ref.shape[2])
-    queries, d_outs, statistics = (Ring(*ring) for ring in rings)
+    queries, d_outs, statistics = (Ring(*scratch) for scratch in streamed)
 
     def compute(index: _Number) -> None:
         warpgroup = Warpgroup(bool(plan.target.interpret))
         part = index if is_shared else jnp.int32(0)
         rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, False), mask, batch, tile, part)
         place = (batch, pl.ds(rows.start, ROWS), kv_head)
-        own = (keys.at[part], values.at[part])
+        own = (rings.pieces_of(keys, part), rings.pieces_of(values, part))
 
         @pl.when(index == part)
         def _load() -> None:
-            for source, target in zip((key_ref, value_ref), own, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[place], target, ready.at[part])
+            for ref, target in zip((key_ref, value_ref), own, strict=True):
+                rings.load(pieces.places(ref, count, *place), target, ready.at[part])
 
         plgpu.barrier_wait(ready.at[part])
         step = _Step(plan, rows, *own, queries, d_outs, statistics)
@@ -121,7 +125,8 @@ def _kernel(
             if not is_shared:  # What is written next, the other may still read.
                 plgpu.barrier_arrive(finished)
                 plgpu.barrier_wait(finished)
-            _store(sums, plan.scores.scale, own, tuple(ref.at[place] for ref in outputs))
+            targets = tuple(pieces.places(ref, count, *place) for ref in outputs)
+            _store(warpgroup, sums, plan.scores.scale, own, targets)
 
         if is_shared:
             run(True, True)
@@ -134,9 +139,9 @@ def _kernel(
 
             def copy(number: _Number, tile: _Number) -> None:
                 place = pl.ds(tile * tiling.query_tile, tiling.query_tile)
-                queries.fill(number, query_ref.at[batch, place, head])
-                statistics.fill(number, statistics_ref.at[batch, head, :, place])
-                d_outs.fill(number, d_out_ref.at[batch, place, head])
+                queries.fill(number, pieces.places(query_ref, count, batch, place, head))
+                statistics.fill(number, (statistics_ref.at[batch, head, :, place],))
+                d_outs.fill(number, pieces.places(d_out_ref, count, batch, place, head))
 
             return kernels.stream(entries, number, copy)
 
@@ -147,13 +152,19 @@ def _kernel(
     kernels.by_role(compute, produce, _WARPGROUPS)
 
 
-def _store(sums: _Sums, scale: float, buffers: tuple[Any, Any], targets: tuple[Any, Any]) -> None:
+def _store(
+    warpgroup: Warpgroup,
+    sums: _Sums,
+    scale: float,
+    buffers: tuple[Tile, Tile],
+    targets: tuple[Tile, ...],
+) -> None:
     """Writes dK and dV, those there are, through the shared memory of K and V."""
     for total, factor, buffer, target in zip(sums, (scale, 1.0), buffers, targets, strict=True):
         if total is not None:
-            buffer[...] = (total * factor).astype(buffer.dtype)
+            warpgroup.store(total * factor, buffer)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(buffer, target)
+            rings.save(buffer, target)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -180,15 +191,15 @@ class _Step:
 
     plan: Plan
     rows: Rows
-    keys: Any
-    values: Any
+    keys: Tile
+    values: Tile
     queries: Ring
     d_outs: Ring
     statistics: Ring
 
     def over(self, group: _Group, wants_key: bool, wants_value: bool) -> _Sums:
         """Returns the sums over the lists of a group, of dK but for the scale."""
-        zeros = self.rows.warpgroup.zeros(self.keys.shape[1])
+        zeros = self.rows.warpgroup.zeros(self.keys[0].shape[1])
         sums = _Sums(zeros if wants_key else None, zeros if wants_value else None)
 
         def add(member: _Number, carry: tuple[_Sums, _Number]) -> tuple[_Sums, _Number]:
@@ -203,9 +214,8 @@ class _Step:
 
     def _attend(self, number: _Number, tile: _Number, bits: _Number, sums: _Sums) -> _Sums:
         warpgroup, scores = self.rows.warpgroup, self.plan.scores
-        query, statistics = self.queries.wait(number), self.statistics.wait(number)
-        d_out = self.d_outs.wait(number)
-        dtype, (d_key, d_value) = query.dtype, sums
+        query, (statistics,) = self.queries.wait(number), self.statistics.wait(number)
+        d_out, (d_key, d_value) = self.d_outs.wait(number), sums
 
         lse = along_columns(warpgroup.load_columns(statistics.at[0]), ROWS)
         raw = warpgroup.product(self.keys, query)
@@ -215,17 +225,17 @@ class _Step:
         if d_value is None:
             d_weights = warpgroup.product(*products)
         elif d_key is None:
-            d_value = warpgroup.accumulate(d_value, weights.astype(dtype), d_out)
+            d_value = warpgroup.accumulate(d_value, warpgroup.split(weights, d_out), d_out)
         else:
             d_value, d_weights = warpgroup.accumulate_beside(
-                d_value, weights.astype(dtype), d_out, products
+                d_value, warpgroup.split(weights, d_out), d_out, products
             )
         self.d_outs.release(number)
         if d_key is not None:
             # Loaded late: a vector along the columns takes registers.
             shift = along_columns(warpgroup.load_columns(statistics.at[1]), ROWS)
             d_raw = softmax.gradient(scores, logits, weights, d_weights, shift)
-            d_key = warpgroup.accumulate(d_key, d_raw.astype(dtype), query)
+            d_key = warpgroup.accumulate(d_key, warpgroup.split(d_raw, query), query)
         self.statistics.release(number)
         self.queries.release(number)
         return _Sums(d_key, d_value)

@@ -11,12 +11,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
-from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, softmax
+from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, rings, softmax
 from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import Ring, tile_scratch
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rows import Rows
-from pallas_kernels.block_sparse_attention.mosaic_gpu.warpgroup import ROWS, Warpgroup, along_rows
+from pallas_kernels.block_sparse_attention.mosaic_gpu.warpgroup import (
+    ROWS,
+    Tile,
+    Warpgroup,
+    along_rows,
+)
 
 _Number = Int[Array, ""]
 _Sum = Float[Array, "64 H"]
@@ -24,20 +29,23 @@ _Sum = Float[Array, "64 H"]
 
 def query_gradient(
     plan: Plan,
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    d_out: Float[Array, "B T N H"],
+    query: Float[Array, "BP T N H"],
+    key: Float[Array, "BP S K H"],
+    value: Float[Array, "BP S K H"],
+    d_out: Float[Array, "BP T N H"],
     statistics: Float[Array, "B N 2 T"],
     tables: Tables,
-) -> Float[Array, "B T N H"]:
-    """Returns dQ; statistics are lse in base 2 and the shift of `differentiable`."""
-    batch, length, heads, head_dim = query.shape
-    tiling = plan.d_query
+) -> Float[Array, "BP T N H"]:
+    """Returns dQ in `pieces`, as all arrays of tokens are.
+
+    statistics are lse in base 2 and the shift of `differentiable`.
+    """
+    batch, (_, length, heads, head_dim) = statistics.shape[0], query.shape
+    tiling, count = plan.d_query, plan.options.pieces
     warpgroups = tiling.query_tile // ROWS
-    tile = (tiling.key_tile, head_dim)
+    tile = (count, tiling.key_tile, head_dim)
     ring = Ring.scratch(plan.options.d_query_stages, tile, key.dtype, warpgroups)
-    resident = tile_scratch((warpgroups, ROWS, head_dim), query.dtype)
+    resident = tile_scratch((warpgroups, count, ROWS, head_dim), query.dtype)
     (gradient,) = kernels.launch(
         lambda *refs: _kernel(plan, *refs),
         (query, key, value, d_out, statistics),
@@ -48,7 +56,7 @@ def query_gradient(
         scratch=(
             resident,
             resident,
-            plgpu.Barrier(num_barriers=warpgroups, num_arrivals=2),
+            plgpu.Barrier(num_barriers=warpgroups, num_arrivals=2 * count),
             ring,
             ring,
         ),
@@ -72,7 +80,7 @@ def _kernel(
     """One tile of queries; see `query_gradient` for the scratch."""
     query_ref, key_ref, value_ref, d_out_ref, statistics_ref = arrays
     (gradient_ref,) = outputs
-    tiling, heads = plan.d_query, query_ref.shape[2]
+    tiling, heads, count = plan.d_query, query_ref.shape[2], plan.options.pieces
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     # Under causality the last tiles have the longest lists: they start first.
     tile = query_ref.shape[1] // tiling.query_tile - 1 - lax.axis_index("tile")
@@ -83,16 +91,16 @@ def _kernel(
         warpgroup = Warpgroup(bool(plan.target.interpret))
         rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, True), mask, batch, tile, index)
         place = pl.ds(rows.start, ROWS)
-        own, d_out = queries.at[index], d_outs.at[index]
-        for source, target in ((query_ref, own), (d_out_ref, d_out)):
-            plgpu.copy_gmem_to_smem(source.at[batch, place, head], target, ready.at[index])
+        own, d_out = (rings.pieces_of(buffer, index) for buffer in (queries, d_outs))
+        for ref, target in ((query_ref, own), (d_out_ref, d_out)):
+            rings.load(pieces.places(ref, count, batch, place, head), target, ready.at[index])
         lse = warpgroup.load_rows(statistics_ref.at[batch, head, 0, place])
         shift = warpgroup.load_rows(statistics_ref.at[batch, head, 1, place])
         plgpu.barrier_wait(ready.at[index])
         total = _Step(plan, rows, own, d_out, lse, shift, keys, values).over(entries)
-        own[...] = (total * plan.scores.scale).astype(own.dtype)
+        warpgroup.store(total * plan.scores.scale, own)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own, gradient_ref.at[batch, place, head])
+        rings.save(own, pieces.places(gradient_ref, count, batch, place, head))
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
@@ -100,8 +108,8 @@ def _kernel(
 
         def copy(number: _Number, tile: _Number) -> None:
             place = (batch, pl.ds(tile * tiling.key_tile, tiling.key_tile), kv_head)
-            keys.fill(number, key_ref.at[place])
-            values.fill(number, value_ref.at[place])
+            keys.fill(number, pieces.places(key_ref, count, *place))
+            values.fill(number, pieces.places(value_ref, count, *place))
 
         steps = kernels.stream(entries, jnp.int32(0), copy)
         keys.drain(steps)
@@ -116,8 +124,8 @@ class _Step:
 
     plan: Plan
     rows: Rows
-    queries: Any
-    d_out: Any
+    queries: Tile
+    d_out: Tile
     lse: Float[Array, "64"]
     shift: Float[Array, "64"]
     keys: Ring
@@ -125,7 +133,7 @@ class _Step:
 
     def over(self, entries: Entries) -> _Sum:
         """Returns the sum over the whole list, but for the scale."""
-        total = self.rows.warpgroup.zeros(self.queries.shape[1])
+        total = self.rows.warpgroup.zeros(self.queries[0].shape[1])
         total, _ = kernels.walk(
             entries, jnp.int32(0), total, self.rows.sees_some, self._attend, self._skip
         )
@@ -134,7 +142,7 @@ class _Step:
     def _attend(self, number: _Number, tile: _Number, bits: _Number, total: _Sum) -> _Sum:
         warpgroup, scores = self.rows.warpgroup, self.plan.scores
         key, value = self.keys.wait(number), self.values.wait(number)
-        lse, shift = (along_rows(x, key.shape[0]) for x in (self.lse, self.shift))
+        lse, shift = (along_rows(x, key[0].shape[0]) for x in (self.lse, self.shift))
 
         def between(raw: Array) -> tuple[Array, Array]:
             logits, weights = softmax.weights(scores, raw, lse)
@@ -145,7 +153,7 @@ class _Step:
         )
         self.values.release(number)
         d_raw = softmax.gradient(scores, logits, weights, d_weights, shift)
-        total = warpgroup.accumulate(total, d_raw.astype(self.queries.dtype), key)
+        total = warpgroup.accumulate(total, warpgroup.split(d_raw, key), key)
         self.keys.release(number)
         return total
 

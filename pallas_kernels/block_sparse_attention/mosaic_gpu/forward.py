@@ -11,30 +11,36 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
-from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, softmax
+from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, rings, softmax
 from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask, Turns
 from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import Ring, tile_scratch
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rows import Rows
 from pallas_kernels.block_sparse_attention.mosaic_gpu.softmax import Running
-from pallas_kernels.block_sparse_attention.mosaic_gpu.warpgroup import ROWS, Warpgroup, along_rows
+from pallas_kernels.block_sparse_attention.mosaic_gpu.warpgroup import (
+    ROWS,
+    Tile,
+    Warpgroup,
+    along_rows,
+)
 
 _Number = Int[Array, ""]
 _State = tuple[Float[Array, "64 H"], Running]
 
 
-def forward(
+def attention(
     plan: Plan,
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    query: Float[Array, "BP T N H"],
+    key: Float[Array, "BP S K H"],
+    value: Float[Array, "BP S K H"],
     tables: Tables,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Returns (out, lse), see `differentiable.Backend`."""
-    batch, length, heads, head_dim = query.shape
+) -> tuple[Float[Array, "BP T N H"], Float[Array, "B N T"]]:
+    """Returns (out, lse), see `differentiable.Backend`, of arrays in `pieces`."""
+    count = plan.options.pieces
+    batch, (_, length, heads, head_dim) = query.shape[0] // count, query.shape
     tiling, stages = plan.forward, plan.options.forward_stages
     warpgroups = tiling.query_tile // ROWS
-    ring = Ring.scratch(stages, (tiling.key_tile, head_dim), key.dtype, warpgroups)
+    ring = Ring.scratch(stages, (count, tiling.key_tile, head_dim), key.dtype, warpgroups)
     out, lse = kernels.launch(
         lambda *refs: _kernel(plan, *refs),
         (query, key, value),
@@ -46,9 +52,9 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
         scratch=(
-            tile_scratch((warpgroups, ROWS, head_dim), query.dtype),
+            tile_scratch((warpgroups, count, ROWS, head_dim), query.dtype),
             plgpu.SMEM((warpgroups, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=warpgroups),
+            plgpu.Barrier(num_barriers=warpgroups, num_arrivals=count),
             ring,
             ring,
             plgpu.Barrier(num_arrivals=warpgroups),
@@ -71,10 +77,10 @@ def _kernel(
     values: Any,
     turns: Any,
 ) -> None:
-    """One tile of queries; see `forward` for the scratch."""
+    """One tile of queries; see `attention` for the scratch."""
     query_ref, key_ref, value_ref = arrays
     out_ref, lse_ref = outputs
-    tiling, heads = plan.forward, query_ref.shape[2]
+    tiling, heads, count = plan.forward, query_ref.shape[2], plan.options.pieces
     warpgroups = tiling.query_tile // ROWS
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     # Under causality the last tiles have the longest lists: they start first.
@@ -86,16 +92,17 @@ def _kernel(
         warpgroup = Warpgroup(bool(plan.target.interpret))
         rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, True), mask, batch, tile, index)
         place = pl.ds(rows.start, ROWS)
-        own = queries.at[index]
-        plgpu.copy_gmem_to_smem(query_ref.at[batch, place, head], own, queries_ready.at[index])
+        own = rings.pieces_of(queries, index)
+        source = pieces.places(query_ref, count, batch, place, head)
+        rings.load(source, own, queries_ready.at[index])
         plgpu.barrier_wait(queries_ready.at[index])
         step = _Step(plan, rows, own, keys, values, Turns.of(turns, index, warpgroups))
         total, running = step.over(entries)
         scale, logs = running.finish()
-        own[...] = (total * along_rows(scale, total.shape[1])).astype(out_ref.dtype)
+        warpgroup.store(total * along_rows(scale, total.shape[1]), own)
         lse.at[index][...] = logs
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own, out_ref.at[batch, place, head])
+        rings.save(own, pieces.places(out_ref, count, batch, place, head))
         plgpu.copy_smem_to_gmem(lse.at[index], lse_ref.at[batch, head, place])
         plgpu.wait_smem_to_gmem(0)
 
@@ -104,8 +111,8 @@ def _kernel(
 
         def copy(number: _Number, tile: _Number) -> None:
             place = (batch, pl.ds(tile * tiling.key_tile, tiling.key_tile), kv_head)
-            keys.fill(number, key_ref.at[place])
-            values.fill(number, value_ref.at[place])
+            keys.fill(number, pieces.places(key_ref, count, *place))
+            values.fill(number, pieces.places(value_ref, count, *place))
 
         steps = kernels.stream(entries, jnp.int32(0), copy)
         keys.drain(steps)
@@ -120,7 +127,7 @@ class _Step:
 
     plan: Plan
     rows: Rows
-    queries: Any
+    queries: Tile
     keys: Ring
     values: Ring
     turns: Turns
@@ -129,7 +136,7 @@ class _Step:
         """Returns the sums over the whole list."""
         warpgroup = self.rows.warpgroup
         running = Running(warpgroup.rows_of(softmax.LOWEST), warpgroup.rows_of(0.0))
-        state = (warpgroup.zeros(self.queries.shape[1]), running)
+        state = (warpgroup.zeros(self.queries[0].shape[1]), running)
 
         self.turns.begin()
         state, _ = kernels.walk(
@@ -148,13 +155,13 @@ class _Step:
         logits = self.rows.hide(logits, bits, tile, -jnp.inf)
         running, shrink, weights = running.add(logits, softmax.factor(scores))
         total = total * along_rows(shrink, total.shape[1])
-        weights = weights.astype(self.queries.dtype)
+        factors = warpgroup.split(weights, self.queries)
         # The softmax is over before the turn is passed on.
-        total, running, weights = lax.optimization_barrier((total, running, weights))
+        total, running, factors = lax.optimization_barrier((total, running, factors))
         self.turns.arrive()
         value = self.values.wait(number)
         self.turns.wait()
-        total = warpgroup.accumulate(total, weights, value)
+        total = warpgroup.accumulate(total, factors, value)
         self.values.release(number)
         return total, running
 

@@ -187,27 +187,36 @@ def launch(
     arrays: tuple[Array, ...],
     lists: Lists,
     tables: Tables,
+    **options: Any,
+) -> tuple[Array, ...]:
+    """Runs body(arrays, mask, outputs, *scratch); see `start`."""
+    segments = (None, None) if tables.segments is None else tables.segments
+    mask = Mask(lists, tables.query_offset, *segments)
+    return start(body, (arrays, mask), **options)
+
+
+def start(
+    body: Callable[..., None],
+    operands: tuple[Any, ...],
     *,
     target: Target,
     outputs: tuple[jax.ShapeDtypeStruct, ...],
     scratch: Any,
     grid: tuple[int, int, int],
     compute_warpgroups: int,
+    has_barriers: bool = False,
 ) -> tuple[Array, ...]:
-    """Runs body(arrays, mask, outputs, *scratch) on a grid [batch, head, tile].
+    """Runs body(*operands, outputs, *scratch) on a grid [batch, head, tile].
 
-    The tile is what changes fastest: tiles of one head run together and share the
-    other side in the cache.
+    Operands are trees of arrays, and of references in the body, which may bring the
+    barriers around what it stores: else each store gets two. The tile is what changes
+    fastest: tiles of one head run together and share the other side in the cache.
     """
-    segments = () if tables.segments is None else tables.segments
-    operands = (*arrays, *lists, tables.query_offset, *segments)
+    arrays, structure = jax.tree.flatten(operands)
 
     def kernel(*refs: Any) -> None:
-        count = len(arrays)
-        given, rest = refs[:count], refs[count:]
-        facts, rest = rest[: 4 + len(segments)], rest[4 + len(segments) :]
-        mask = Mask(Lists(*facts[:3]), facts[3], *(facts[4:] or (None, None)))
-        body(given, mask, rest[: len(outputs)], *rest[len(outputs) :])
+        given, rest = refs[: len(arrays)], refs[len(arrays) :]
+        body(*structure.unflatten(given), rest[: len(outputs)], *rest[len(outputs) :])
 
     results = plgpu.kernel(
         kernel,
@@ -222,9 +231,10 @@ def launch(
             # Rows are reduced within a warp.
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=has_barriers,
         ),
         interpret=_interpreter() if target.interpret is True else target.interpret,
-    )(*operands)
+    )(*arrays)
     return tuple(results)
 
 

@@ -18,7 +18,7 @@ class Ring:
     """Tiles on their way from global memory, in the order of their steps.
 
     Attributes:
-        buffer: [stages, *tile] in shared memory.
+        buffer: [stages, pieces, *tile] in shared memory.
         ready: one barrier per stage, passed when its tile has arrived.
         free: one barrier per stage, passed when all warpgroups have read its tile.
     """
@@ -29,7 +29,7 @@ class Ring:
 
     @staticmethod
     def scratch(
-        stages: int, shape: tuple[int, int], dtype: Any, readers: int
+        stages: int, shape: tuple[int, int, int], dtype: Any, readers: int
     ) -> tuple[Any, Any, Any]:
         """Returns the scratch types of a ring, its fields in order.
 
@@ -38,15 +38,15 @@ class Ring:
         buffer = plgpu.SMEM if dtype == jnp.float32 else tile_scratch
         return (
             buffer((stages, *shape), dtype),
-            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=shape[0]),
             plgpu.Barrier(num_barriers=stages, num_arrivals=readers),
         )
 
-    def fill(self, step: Step, source: Any) -> None:
-        """Starts the copy of a tile once its stage is free; for the producer."""
+    def fill(self, step: Step, sources: tuple[Any, ...]) -> None:
+        """Starts the copy of a tile's pieces once its stage is free; for the producer."""
         slot = self._slot(step)
         pl.when(step >= self.buffer.shape[0])(functools.partial(self._wait_free, step))
-        plgpu.copy_gmem_to_smem(source, self.buffer.at[slot], self.ready.at[slot])
+        load(sources, pieces_of(self.buffer, slot), self.ready.at[slot])
 
     def drain(self, steps: Step) -> None:
         """Waits until all tiles have been read; for the producer, after the last step."""
@@ -54,11 +54,11 @@ class Ring:
             step = steps - 1 - stage
             pl.when(step >= 0)(functools.partial(self._wait_free, step))
 
-    def wait(self, step: Step) -> Any:
-        """Returns the tile of a step once it has arrived."""
+    def wait(self, step: Step) -> tuple[Any, ...]:
+        """Returns the pieces of the tile of a step once they have arrived."""
         slot = self._slot(step)
         plgpu.barrier_wait(self.ready.at[slot])
-        return self.buffer.at[slot]
+        return pieces_of(self.buffer, slot)
 
     def release(self, step: Step) -> None:
         """Tells that this warpgroup has read the tile of a step."""
@@ -71,7 +71,24 @@ class Ring:
         return lax.rem(step, lax.full_like(step, self.buffer.shape[0]))
 
 
-def tile_scratch(shape: tuple[int, int, int], dtype: Any) -> Any:
-    """Returns shared memory for tiles [count, rows, H] as WGMMA and TMA want them."""
+def tile_scratch(shape: tuple[int, int, int, int], dtype: Any) -> Any:
+    """Returns shared memory for tiles [count, pieces, rows, H] as WGMMA and TMA want them."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def pieces_of(buffer: Any, index: Step) -> tuple[Any, ...]:
+    """Returns references to the pieces of one tile of a buffer [count, pieces, *tile]."""
+    return tuple(buffer.at[index, piece] for piece in range(buffer.shape[1]))
+
+
+def load(sources: tuple[Any, ...], targets: tuple[Any, ...], barrier: Any) -> None:
+    """Starts the copy of every piece from global to shared memory."""
+    for source, target in zip(sources, targets, strict=True):
+        plgpu.copy_gmem_to_smem(source, target, barrier)
+
+
+def save(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
+    """Starts the copy of every piece from shared to global memory."""
+    for source, target in zip(sources, targets, strict=True):
+        plgpu.copy_smem_to_gmem(source, target)

@@ -19,7 +19,7 @@ _LN_2 = math.log(2)
 LOWEST = -1e30
 
 
-def raw_logits(scores: Scores, raw: Float[Array, "R C"]) -> Float[Array, "R C"]:
+def raw_logits(scores: Scores, raw: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns x, which `factor` turns into logits in base 2: x * factor = s * log2(e).
 
     Without a soft cap these are the raw products: scale and base then cost nothing, in
@@ -36,7 +36,7 @@ def factor(scores: Scores) -> float:
     return LOG2_E if is_scaled else scores.scale * LOG2_E
 
 
-def _tanh(x: Float[Array, "R C"]) -> Float[Array, "R C"]:
+def _tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns tanh(x) to float32's absolute accuracy.
 
     The instruction for tanh keeps 11 bits, and IEEE division is slow: 1 / y for y >= 1
@@ -78,8 +78,8 @@ class Running(NamedTuple):
 
 
 def weights(
-    scores: Scores, raw: Float[Array, "R C"], lse: Float[Array, "R C"]
-) -> tuple[Float[Array, "R C"], Float[Array, "R C"]]:
+    scores: Scores, raw: Float[Array, "..."], lse: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Returns (x, exp(s - lse)) of raw products; lse is in base 2."""
     logits = raw_logits(scores, raw)
     return logits, jnp.exp2(logits * factor(scores) - lse)

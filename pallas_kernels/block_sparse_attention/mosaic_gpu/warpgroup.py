@@ -6,6 +6,7 @@ around the products (rings, barriers, lists, masks) runs on a CPU as it stands.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.block_sparse_attention.mosaic_gpu import pieces
+
 ROWS = 64
 """Rows of a product that one warpgroup computes."""
+
+Tile = tuple[Any, ...]
+"""References to the pieces of a matrix in shared memory, see `pieces`."""
 
 # Layouts of a [ROWS, columns] matrix and of vectors along its rows and its columns.
 _MATRIX = plgpu.Layout.WGMMA
@@ -58,30 +64,45 @@ class Warpgroup:
         """Returns a vector in memory as one along the columns."""
         return self._load(ref, _ALONG_COLUMNS)
 
+    def split(self, array: Float[Array, "64 C"], like: Tile) -> tuple[Array, ...]:
+        """Returns as many pieces of a matrix in registers, of the same type, as another has."""
+        first, *others = like
+        found = (array.astype(first.dtype),)
+        if not others:
+            return found
+        # The barrier keeps XLA, in the interpreter, from taking casts there and back out.
+        (rounded,) = found = lax.optimization_barrier(found)
+        return found + self.split(array - rounded.astype(array.dtype), tuple(others))
+
+    def store(self, array: Float[Array, "64 H"], tile: Tile) -> None:
+        """Writes a matrix to the pieces of one in shared memory."""
+        for ref, piece in zip(tile, self.split(array, tile), strict=True):
+            ref[...] = piece
+
     def product(
-        self, left: Any, right: Any, meanwhile: Callable[[], None] | None = None
+        self, left: Tile, right: Tile, meanwhile: Callable[[], None] | None = None
     ) -> Float[Array, "64 C"]:
-        """Returns left @ right' of two arrays in shared memory, [64, H] and [C, H].
+        """Returns left @ right' of two matrices in shared memory, [64, H] and [C, H].
 
         meanwhile is called once the product is under way.
         """
         if self.is_simulated:
             if meanwhile is not None:
                 meanwhile()
-            return _dot(left[...], right[...].T)
+            return _dots(_loaded(left), tuple(x.T for x in _loaded(right)))
 
         def run(accumulator: Any) -> Array:
-            plgpu.wgmma(accumulator, left, plgpu.transpose_ref(right, (1, 0)))
+            _multiply(accumulator, left, _transposed(right))
             if meanwhile is not None:
                 meanwhile()
             return accumulator[...]
 
-        return pl.run_scoped(run, plgpu.ACC((ROWS, right.shape[0]), jnp.float32))
+        return pl.run_scoped(run, _accumulator(right))
 
     def products(
         self,
-        first: tuple[Any, Any],
-        second: tuple[Any, Any],
+        first: tuple[Tile, Tile],
+        second: tuple[Tile, Tile],
         between: Callable[[Float[Array, "64 C"]], Any],
     ) -> tuple[Any, Float[Array, "64 C"]]:
         """Returns (between(product of first), product of second).
@@ -93,41 +114,39 @@ class Warpgroup:
 
         def run(one: Any, other: Any) -> tuple[Any, Array]:
             for accumulator, (left, right) in ((one, first), (other, second)):
-                plgpu.wgmma(accumulator, left, plgpu.transpose_ref(right, (1, 0)))
-            result = between(plgpu.wgmma_accumulator_load(one, wait_n=1))
+                _multiply(accumulator, left, _transposed(right))
+            under_way = len(pieces.pairs(*second))
+            result = between(plgpu.wgmma_accumulator_load(one, wait_n=under_way))
             return result, other[...]
 
-        accumulators = (
-            plgpu.ACC((ROWS, right.shape[0]), jnp.float32) for _, right in (first, second)
-        )
-        return pl.run_scoped(run, *accumulators)
+        return pl.run_scoped(run, _accumulator(first[1]), _accumulator(second[1]))
 
     def accumulate(
-        self, total: Float[Array, "64 H"], left: Float[Array, "64 C"], right: Any
+        self, total: Float[Array, "64 H"], left: tuple[Array, ...], right: Tile
     ) -> Float[Array, "64 H"]:
         """Returns total + left @ right, left in registers and right in shared memory."""
         if self.is_simulated:
-            return total + _dot(left, right[...])
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, left, right))(
+            return total + _dots(left, _loaded(right))
+        return pl.run_state(lambda accumulator: _multiply(accumulator, left, right))(
             plgpu.ACC.init(total)
         )
 
     def accumulate_beside(
         self,
         total: Float[Array, "64 H"],
-        left: Float[Array, "64 C"],
-        right: Any,
-        other: tuple[Any, Any],
+        left: tuple[Array, ...],
+        right: Tile,
+        other: tuple[Tile, Tile],
     ) -> tuple[Float[Array, "64 H"], Float[Array, "64 C"]]:
         """Returns (`accumulate`, `product` of other), waiting once for both."""
         if self.is_simulated:
             return self.accumulate(total, left, right), self.product(*other)
 
         def run(accumulators: tuple[Any, Any]) -> None:
-            plgpu.wgmma(accumulators[0], left, right)
-            plgpu.wgmma(accumulators[1], other[0], plgpu.transpose_ref(other[1], (1, 0)))
+            _multiply(accumulators[0], left, right)
+            _multiply(accumulators[1], other[0], _transposed(other[1]))
 
-        zeros = self.zeros(other[1].shape[0])
+        zeros = self.zeros(other[1][0].shape[0])
         return pl.run_state(run)((plgpu.ACC.init(total), plgpu.ACC.init(zeros)))
 
     def _load(self, ref: Any, layout: Any) -> Array:
@@ -140,8 +159,26 @@ class Warpgroup:
         return array if self.is_simulated else plgpu.layout_cast(array, layout)
 
 
-def _dot(left: Array, right: Array) -> Array:
-    return jnp.dot(left, right, preferred_element_type=jnp.float32, precision="highest")
+def _accumulator(right: Tile) -> Any:
+    return plgpu.ACC((ROWS, right[0].shape[0]), jnp.float32)
+
+
+def _transposed(tile: Tile) -> Tile:
+    return tuple(plgpu.transpose_ref(ref, (1, 0)) for ref in tile)
+
+
+def _multiply(accumulator: Any, left: tuple[Any, ...], right: Tile) -> None:
+    for x, y in pieces.pairs(left, right):
+        plgpu.wgmma(accumulator, x, y)
+
+
+def _loaded(tile: Tile) -> tuple[Array, ...]:
+    return tuple(ref[...] for ref in tile)
+
+
+def _dots(left: tuple[Array, ...], right: tuple[Array, ...]) -> Array:
+    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32, precision="highest")
+    return jnp.stack([dot(x, y) for x, y in pieces.pairs(left, right)]).sum(axis=0)
 
 
 def along_rows(vector: Array, columns: int) -> Array:
