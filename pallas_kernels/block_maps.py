@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Shaped
 
 from pallas_kernels import tiles
+from pallas_kernels.checks import check_array, check_integer
 from pallas_kernels.geometry import Geometry
 
 Selection = Shaped[Array, "*B Hp M J"] | Shaped[np.ndarray, "*B Hp M J"]
@@ -12,8 +13,10 @@ Overflow = Bool[Array, "*B Hp"] | Bool[np.ndarray, "*B Hp"]
 
 def check_block_map(block_map: Selection, geometry: Geometry) -> None:
     """Raises ValueError unless block_map is boolean and ends in (M, J)."""
+    check_array("block_map", block_map)
     expected = (geometry.query_blocks, geometry.key_blocks)
-    if block_map.ndim not in (3, 4) or block_map.shape[-2:] != expected:
+    is_shaped = block_map.ndim in (3, 4) and block_map.shape[-2:] == expected
+    if not is_shaped or 0 in block_map.shape:
         raise ValueError(
             f"block_map has shape {block_map.shape}, but these lengths and sizes make "
             f"{expected[0]} query blocks and {expected[1]} key blocks: pass "
@@ -30,8 +33,10 @@ def from_indices(indices: Selection, geometry: Geometry) -> tuple[tiles.Mask, Ov
         ValueError: indices are not integers [.., Hp, M, k], or those of a numpy array
             name a block that does not exist.
     """
+    check_array("indices", indices)
     blocks = geometry.query_blocks
-    if indices.ndim not in (3, 4) or indices.shape[-2] != blocks or not indices.shape[-1]:
+    is_shaped = indices.ndim in (3, 4) and indices.shape[-2] == blocks
+    if not is_shaped or 0 in indices.shape:
         raise ValueError(
             f"indices has shape {indices.shape}, but there are {blocks} query blocks: pass "
             f"[heads, {blocks}, k], a batch axis in front is optional"
@@ -57,8 +62,7 @@ def cut(active: tiles.Mask, capacity: int) -> tuple[tiles.Mask, Overflow]:
     Raises:
         ValueError: capacity is not positive, or too small for a numpy array.
     """
-    if capacity < 1:
-        raise ValueError(f"capacity={capacity} must be at least 1")
+    check_integer("capacity", capacity)
     xp = tiles.namespace(active)
     rank = xp.cumsum(active, axis=-1, dtype=np.int32)
     overflow = (rank[..., -1] > capacity).any(-1)

@@ -7,7 +7,8 @@ import numpy as np
 
 from pallas_kernels import block_maps, tiles
 from pallas_kernels.block_tables import FULL, PARTIAL, BlockTables
-from pallas_kernels.rules import Dense, Rule
+from pallas_kernels.checks import check_flag, check_integer
+from pallas_kernels.rules import Dense, Rule, check_rule
 
 __all__ = ["FULL", "PARTIAL", "BlockMask"]
 
@@ -43,9 +44,9 @@ class BlockMask(BlockTables):
         prefix_length: int = 0,
         query_offset: tiles.Offset | None = None,
     ) -> "BlockMask":
-        """Builds the tables of a closed-form rule in O(Hp M J) time, but for sorting rows.
+        """Builds the tables of a closed-form rule in O(Hp M J) time.
 
-        They are built on the host, unless query_offset is traced.
+        They are built on the host, unless query_offset is traced: then rows are sorted.
 
         Args:
             rule: `Dense`, `Local`, `Strided` or any other `Rule`.
@@ -67,7 +68,10 @@ class BlockMask(BlockTables):
             ValueError: a length or size is not positive, or there is a prefix without
                 causality.
         """
+        check_rule(rule)
         key_length = query_length if key_length is None else key_length
+        check_integer("query_length", query_length)
+        check_integer("key_length", key_length)
         if query_block_size is None:
             query_block_size = _default_tile(rule, query_length, _DENSE_TILES[0])
         if key_block_size is None:
@@ -219,8 +223,8 @@ class BlockMask(BlockTables):
         overflow: block_maps.Overflow | None = None,
     ) -> "BlockMask":
         """Lists tiles; capacities are what traced lists of keys and of queries hold."""
-        partial = active.astype(np.int32) * PARTIAL
-        kinds = partial + full.astype(np.int32) * (FULL - PARTIAL)
+        partial = active.astype(np.int8) * PARTIAL
+        kinds = partial + full.astype(np.int8) * (FULL - PARTIAL)
         return cls(
             *tiles.compact(kinds, capacities[0]),
             *tiles.compact(kinds.swapaxes(-1, -2), capacities[1]),
@@ -245,6 +249,10 @@ class BlockMask(BlockTables):
             ValueError: a limit is looser, or an offset known on the host moves one, so
                 that tiles it shows are not listed.
         """
+        check_flag("is_causal", is_causal)
+        if window_size is not None:
+            check_integer("window_size", window_size)
+        offset = self.query_offset if query_offset is None else tiles.as_scalar(query_offset)
         if self.is_causal and not is_causal:
             raise ValueError(
                 "is_causal=False, but block_mask was built with is_causal=True: "
@@ -256,25 +264,24 @@ class BlockMask(BlockTables):
                 f"window_size={window_size} is wider than the {built} that block_mask "
                 "was built with: pass that, or build block_mask with the wider one"
             )
-        self._check_offset(query_offset)
+        self._check_offset(offset)
         limits_agree = (is_causal, window_size) == (self.is_causal, built)
         if limits_agree and query_offset is None:
             return self
-        offset = self.query_offset if query_offset is None else query_offset
         return dataclasses.replace(
             self,
             # Where the lists say it all, they keep saying it at another offset.
             rule=self.inner_rule if query_offset is not None else self.rule,
             kv_kinds=self.kv_kinds.clip(max=PARTIAL),
             q_kinds=self.q_kinds.clip(max=PARTIAL),
-            query_offset=tiles.as_scalar(offset),
+            query_offset=offset,
             is_causal=is_causal,
             window_size=window_size,
         )
 
-    def _check_offset(self, query_offset: tiles.Offset | None) -> None:
+    def _check_offset(self, query_offset: tiles.Offset) -> None:
         built, is_windowed = self.query_offset, self.window_size is not None
-        if not isinstance(built, np.ndarray) or isinstance(query_offset, jax.Array | None):
+        if not isinstance(built, np.ndarray) or isinstance(query_offset, jax.Array):
             return
         shows_later = (self.is_causal or is_windowed) and query_offset > built
         shows_earlier = (self.is_anticausal or is_windowed) and query_offset < built
@@ -306,15 +313,17 @@ class BlockMask(BlockTables):
             self.kv_indices,
             self.kv_kinds,
             overflow=self.overflow,
-            query_offset=-self.query_offset,
+            query_offset=tiles.as_scalar(-self.query_offset),
             rule=None,
             is_uniform=True,
             **dataclasses.asdict(self.geometry.transposed()),
         )
 
     def __and__(self, other: "BlockMask") -> "BlockMask":
-        rule = self._rule_beside(other, {self.inner_rule, other.inner_rule} - {None})
+        if not isinstance(other, BlockMask):
+            return NotImplemented
         geometry = self.geometry & other.geometry
+        rule = self._rule_beside(other, {self.inner_rule, other.inner_rule} - {None})
         seen, _, _ = tiles.rule_tiles(Dense(), geometry, self.query_offset)
         return self._from_tiles(
             self.block_map() & other.block_map() & seen,
@@ -331,11 +340,14 @@ class BlockMask(BlockTables):
         )
 
     def __or__(self, other: "BlockMask") -> "BlockMask":
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        geometry = self.geometry | other.geometry
         rule = self._rule_beside(other, {self.inner_rule, other.inner_rule})
         return self._from_tiles(
             self.block_map() | other.block_map(),
             self.full_map() | other.full_map(),
-            self.geometry | other.geometry,
+            geometry,
             self.query_offset,
             rule=rule,
             is_uniform=rule is None,

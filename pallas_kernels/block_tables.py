@@ -106,13 +106,16 @@ class BlockTables:
         return listed & geometry.pairs(position, key) & pairs
 
     def density(self) -> Float[Array, ""] | float:
-        """Returns listed tiles over those of dense attention with the same limits.
+        """Returns the tiles attended to over those of dense attention with the same limits.
 
-        0 where the limits leave dense attention nothing.
+        Either way a tile counts when the limits leave some pair of it. 0 where they
+        leave dense attention nothing.
         """
         dense, _, _ = tiles.rule_tiles(Dense(), self.geometry, self.query_offset)
+        # Lists made under looser limits hold tiles that these hide.
+        attended = self.block_map() & dense
         patterns = self.kv_counts.size // self.geometry.query_blocks
-        return self.kv_counts.sum() / (patterns * dense.sum().clip(1))
+        return attended.sum() / (patterns * dense.sum().clip(1))
 
     def picture(self, batch: int = 0) -> str:
         """Returns a picture in text, a character per block; coarser if there are many.

@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.checks import check_flag, check_integer
+
 Mask = Bool[np.ndarray, "..."] | Bool[Array, "..."]
 Indices = Int[np.ndarray, "..."] | Int[Array, "..."]
 
@@ -32,7 +34,8 @@ class Geometry:
         is_anticausal: pairs have j >= i: the transpose of a causal mask.
 
     Raises:
-        ValueError: a length or size is not positive, or a prefix has no causality to lift.
+        ValueError: a length or size is not a positive integer, is_causal no boolean, or a
+            prefix has no causality to lift.
     """
 
     query_length: int
@@ -45,12 +48,12 @@ class Geometry:
     is_anticausal: bool = False
 
     def __post_init__(self) -> None:
-        for name in (*_TILES, "window_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if self.prefix_length < 0:
-            raise ValueError(f"prefix_length={self.prefix_length} must not be negative")
+        for name in _TILES:
+            check_integer(name, getattr(self, name))
+        if self.window_size is not None:
+            check_integer("window_size", self.window_size)
+        check_integer("prefix_length", self.prefix_length, least=0)
+        check_flag("is_causal", self.is_causal)
         if self.prefix_length and not self.is_causal:
             raise ValueError(
                 f"prefix_length={self.prefix_length} lifts causality, and there is none: "

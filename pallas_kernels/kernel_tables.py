@@ -106,10 +106,13 @@ def query_lists(block_mask: BlockMask, tiling: Tiling, segments: "Segments | Non
 
 
 class Segments(NamedTuple):
-    """Segment ids of queries [B, T] and keys [B, S]."""
+    """Segment ids of queries [B, T] and of keys: [B, S], or [B, K, S] if their heads differ.
+
+    In the latter case a mask has one pattern head, or K.
+    """
 
     query: Int[Array, "B T"]
-    key: Int[Array, "B S"]
+    key: Int[Array, "B *K S"]
 
 
 def _most_met(size: int, other: int) -> int:
@@ -146,7 +149,7 @@ def _tile_bits(
     is_full = granules.all((0, 1)) & whole
     listed = (bits != 0) & active
     if segments is not None:
-        may_meet, are_one = _segment_tiles(segments, tiling)
+        may_meet, are_one = segment_tiles(segments, tiling)
         listed, is_full = listed & may_meet, is_full & are_one
     xp = tiles.namespace(is_full)
     return xp.where(is_full, np.int32(FULL), bits), listed
@@ -174,20 +177,23 @@ def _granule_map(block_mask: BlockMask, tiling: Tiling, geometry: tiles.Geometry
     return xp.moveaxis(pairs, -1, 0)
 
 
-def _segment_tiles(
+def segment_tiles(
     segments: Segments, tiling: Tiling
-) -> tuple[Bool[Array, "B 1 M J"], Bool[Array, "B 1 M J"]]:
+) -> tuple[Bool[Array, "B K M J"], Bool[Array, "B K M J"]]:
     """Returns which tiles may share a segment, and which are of one and the same."""
     query_low, query_high = _extremes(segments.query, tiling.query_tile)
-    key_low, key_high = _extremes(segments.key, tiling.key_tile)
     query_low, query_high = query_low[:, None, :, None], query_high[:, None, :, None]
-    key_low, key_high = key_low[:, None, None], key_high[:, None, None]
+    key_low, key_high = (
+        ids.reshape(len(ids), -1, 1, ids.shape[-1])
+        for ids in _extremes(segments.key, tiling.key_tile)
+    )
     may_meet = (query_low <= key_high) & (key_low <= query_high)
     return may_meet, (query_low == key_high) & (key_low == query_high)
 
 
-def _extremes(ids: Int[Array, "B T"], tile: int) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:
+def _extremes(ids: Int[Array, "*B T"], tile: int) -> tuple[Int[Array, "*B M"], Int[Array, "*B M"]]:
     """Returns the least and the largest id of each tile; the last may be ragged."""
-    ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % tile)), mode="edge")
-    ids = ids.reshape(ids.shape[0], -1, tile)
+    widths = [(0, 0)] * (ids.ndim - 1) + [(0, -ids.shape[-1] % tile)]
+    ids = jnp.pad(ids, widths, mode="edge")
+    ids = ids.reshape(*ids.shape[:-1], -1, tile)
     return ids.min(-1), ids.max(-1)

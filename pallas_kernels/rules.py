@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from pallas_kernels.checks import check_integer, shown
+
 Indices = Integer[np.ndarray, "..."] | Integer[jax.Array, "..."]
 Visible = Bool[np.ndarray, "..."] | Bool[jax.Array, "..."] | np.bool_
 
@@ -38,6 +40,12 @@ class Rule(Hashable, Protocol):
         The arguments broadcast against each other, and the answer to their shape.
         Blocks are counted from the first key token, so query blocks may be negative.
         """
+
+
+def check_rule(rule: object) -> None:
+    """Raises ValueError unless rule is a `Rule`."""
+    if isinstance(rule, type) or not isinstance(rule, Rule):
+        raise ValueError(f"rule is {shown(rule)}: pass Dense(), Local(..), Strided(..) or a Rule")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Local:
         right: blocks looking ahead, the query's own counted; idle under causality.
 
     Raises:
-        ValueError: a field is not positive.
+        ValueError: a field is not a positive integer.
     """
 
     block_size: int
@@ -81,7 +89,7 @@ class Local:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "left", "right"):
-            _require_positive(name, getattr(self, name))
+            check_integer(name, getattr(self, name))
 
     @property
     def pattern_heads(self) -> int:
@@ -143,15 +151,19 @@ class Strided:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "stride", "num_heads", "left", "right"):
-            _require_positive(name, getattr(self, name))
+            check_integer(name, getattr(self, name))
+        check_integer("offset", self.offset, least=None)
+        check_integer("dense_heads", self.dense_heads, least=0)
+        if self.num_kv_heads is not None:
+            check_integer("num_kv_heads", self.num_kv_heads)
+        if self.step is not None:
+            check_integer("step", self.step, least=0)
         _require_choice("phase_by", self.phase_by, ("q_head", "kv_head"))
         _require_choice("stripes", self.stripes, ("absolute", "relative"))
         kv_heads = self.num_kv_heads
-        if kv_heads is not None and (kv_heads < 1 or self.num_heads % kv_heads):
+        if kv_heads is not None and self.num_heads % kv_heads:
             raise ValueError(f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}")
-        if self.step is not None and self.step < 0:
-            raise ValueError(f"step={self.step} must not be negative")
-        if not 0 <= self.dense_heads <= self._counted_heads:
+        if self.dense_heads > self._counted_heads:
             raise ValueError(
                 f"dense_heads={self.dense_heads} must be from 0 to the "
                 f"{self._counted_heads} heads that phase_by={self.phase_by!r} counts"
@@ -186,11 +198,6 @@ class Strided:
             stripe = key_block + head * step + self.offset
         dense = head >= self.pattern_heads - self.dense_heads
         return local | (stripe % self.stride == 0) | dense
-
-
-def _require_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

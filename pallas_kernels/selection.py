@@ -96,8 +96,8 @@ class Implementations:
         if implementation is None:
             return self.names
         names = [implementation] if isinstance(implementation, str) else implementation
-        unknown = [name for name in names if name not in self.names]
-        if unknown or not names:
+        is_list = isinstance(names, Sequence) and len(names) > 0
+        if not is_list or any(name not in self.names for name in names):
             raise ValueError(
                 f"implementation={implementation!r} must name one or more of "
                 f"{self.names}, or be None for the best available"

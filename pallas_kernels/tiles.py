@@ -13,10 +13,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.checks import shown
 from pallas_kernels.geometry import Geometry, Indices, Mask
 from pallas_kernels.rules import Rule
 
 Offset = int | np.integer | Int[np.ndarray, ""] | Int[Array, ""]
+
+# Beyond it, distances between positions reach what `Geometry` calls unlimited.
+_FARTHEST = 2**29
 
 
 def namespace(array: object) -> ModuleType:
@@ -28,11 +32,13 @@ def as_scalar(offset: Offset) -> Int[np.ndarray, ""] | Int[Array, ""]:
     """Returns the offset as an int32 array, on the host when it is static.
 
     Raises:
-        ValueError: it is not one integer.
+        ValueError: it is not one integer, or far beyond any length.
     """
-    shape, dtype = np.shape(offset), jnp.result_type(offset)
-    if shape or not np.issubdtype(dtype, np.integer):
-        raise ValueError(f"query_offset is {dtype}{list(shape)}: pass one integer")
+    dtype = np.dtype(getattr(offset, "dtype", type(offset)))
+    if np.shape(offset) or not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"query_offset is {shown(offset)}: pass one integer")
+    if not isinstance(offset, jax.Array) and abs(int(offset)) > _FARTHEST:
+        raise ValueError(f"query_offset={offset} must be from -{_FARTHEST} to {_FARTHEST}")
     return namespace(offset).asarray(offset, np.int32)
 
 
@@ -77,24 +83,46 @@ def rule_tiles(rule: Rule, geometry: Geometry, offset: Offset) -> tuple[Mask, Ma
 
 
 def compact(kinds: Indices, most: int | None = None) -> tuple[Indices, Indices, Indices]:
-    """Returns (counts, indices, kinds) of the nonzero entries along the last axis.
+    """Returns (counts, indices, kinds), int32, of the positive entries along the last axis.
 
     Indices ascend and repeat the last valid one past the count. Their number is that
     of the longest list on the host, the whole axis for traced values, or `most` when
     a list is known not to be longer.
     """
-    xp = namespace(kinds)
+    if isinstance(kinds, np.ndarray):
+        return _compact_on_host(kinds)
     length = kinds.shape[-1]
-    counts = (kinds > 0).sum(-1).astype(np.int32)
-    longest = length if most is None else min(most, length)
-    capacity = max(1, int(counts.max()) if xp is np else longest)
+    counts = (kinds > 0).sum(-1, dtype=np.int32)
+    capacity = length if most is None else max(1, min(most, length))
     # Sorted rows of numbers: accelerators scatter far slower than they sort.
-    numbers = xp.where(kinds > 0, np.arange(length, dtype=np.int32), length)
-    numbers = xp.sort(numbers, axis=-1)[..., :capacity]
+    numbers = jnp.where(kinds > 0, np.arange(length, dtype=np.int32), length)
+    numbers = jnp.sort(numbers, axis=-1)[..., :capacity]
     # What an empty row repeats is 0.
-    last = xp.take_along_axis(numbers, (counts[..., None] - 1).clip(0), axis=-1)
-    indices = xp.minimum(numbers, last % length).astype(np.int32)
-    return counts, indices, xp.take_along_axis(kinds, indices, axis=-1)
+    last = jnp.take_along_axis(numbers, (counts[..., None] - 1).clip(0), axis=-1)
+    indices = jnp.minimum(numbers, last % length).astype(np.int32)
+    return counts, indices, jnp.take_along_axis(kinds, indices, axis=-1).astype(np.int32)
+
+
+def _compact_on_host(kinds: Int[np.ndarray, "..."]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Does as `compact`, without sorting: what is found comes in order."""
+    *rows, length = kinds.shape
+    flat = kinds.reshape(-1)
+    is_listed = flat > 0
+    counts = np.count_nonzero(is_listed.reshape(-1, length), axis=-1).astype(np.int32)
+    entries = np.flatnonzero(is_listed)
+    capacity = max(1, int(counts.max()))
+    is_entry = np.arange(capacity) < counts[:, None]
+    # What an empty row repeats is its first place.
+    last = np.arange(0, flat.size, length)
+    last[counts > 0] = entries[counts.cumsum()[counts > 0] - 1]
+
+    def table(of_entries: np.ndarray, of_last: np.ndarray) -> np.ndarray:
+        repeated = np.repeat(of_last.astype(np.int32)[:, None], capacity, axis=1)
+        repeated[is_entry] = of_entries
+        return repeated.reshape(*rows, capacity)
+
+    indices = table(entries % length, last % length)
+    return counts.reshape(rows), indices, table(flat[entries], flat[last])
 
 
 def expand(counts: Indices, indices: Indices, length: int) -> Mask:

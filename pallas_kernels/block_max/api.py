@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import tiles
 from pallas_kernels.block_max.call import IMPLEMENTATIONS, Call, Implementation
 from pallas_kernels.block_sparse_attention.scores import Scores
-from pallas_kernels.checks import check_heads
+from pallas_kernels.checks import check_array, check_dtypes, check_heads, check_segments
 from pallas_kernels.geometry import Geometry
 
 SegmentIds = tuple[Int[Array, "B T"], Int[Array, "B S"]]
@@ -67,8 +67,8 @@ def block_max_attention(
         logits_soft_cap: c > 0 in s <- c * tanh(s / c).
         query_offset: position of the first query, may be traced. None means S - T.
         group_reduction: "max" for the maximum over the query heads of each key head.
-        implementation: "pallas_tpu", "triton", "xla" or "reference", several to try in
-            order, or None for the best one that can run.
+        implementation: "pallas_tpu", "mosaic_gpu", "triton", "xla" or "reference", several
+            to try in order, or None for the best one that can run.
 
     Returns:
         [B, n, M, J] with n = N, or K under group_reduction; M = ceil(T /
@@ -80,10 +80,11 @@ def block_max_attention(
         NotImplementedError: no implementation asked for can run; says why.
     """
     _check_arrays(query, key, lse)
-    _check_segments(query, key, segment_ids)
+    check_segments(query, key, segment_ids)
     if group_reduction not in (None, "max"):
         raise ValueError(f"group_reduction={group_reduction!r} must be 'max' or None")
-    if scale is not None and scale <= 0:
+    scores = Scores(query.shape[-1] ** -0.5 if scale is None else scale, logits_soft_cap)
+    if scores.scale <= 0:
         raise ValueError(f"scale={scale} must be positive")
     geometry = Geometry(
         query.shape[1],
@@ -103,7 +104,7 @@ def block_max_attention(
         segment_ids,
         jnp.asarray(tiles.as_scalar(offset)),
         geometry,
-        Scores(query.shape[-1] ** -0.5 if scale is None else scale, logits_soft_cap),
+        scores,
         group_reduction == "max",
     )
     choice = IMPLEMENTATIONS.choose(call, implementation)
@@ -119,27 +120,10 @@ def _usable(lse: Array, dtype: jnp.dtype) -> Array:
 
 def _check_arrays(query: Array, key: Array, lse: Array) -> None:
     check_heads(query, key)
-    if key.dtype != query.dtype or not jnp.issubdtype(query.dtype, jnp.floating):
-        raise ValueError(
-            f"key is {key.dtype}, query {query.dtype}: cast both to one floating dtype"
-        )
+    check_dtypes(query=query, key=key)
+    check_array("lse", lse)
     if lse.shape != query.shape[:3] or not jnp.issubdtype(lse.dtype, jnp.floating):
         raise ValueError(
             f"lse is {lse.dtype}{list(lse.shape)}, query has shape {query.shape}: pass "
             f"floats {list(query.shape[:3])}"
         )
-
-
-def _check_segments(query: Array, key: Array, segment_ids: tuple[Array, ...] | None) -> None:
-    if segment_ids is None:
-        return
-    if len(segment_ids) != 2:
-        raise ValueError(
-            f"segment_ids has {len(segment_ids)} entries: pass 2, of the queries and of the keys"
-        )
-    for name, ids, array in zip(("query", "key"), segment_ids, (query, key), strict=True):
-        if ids.shape != array.shape[:2] or not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(
-                f"segment_ids of the {name} are {ids.dtype}{list(ids.shape)}, {name} has "
-                f"shape {array.shape}: pass integers {list(array.shape[:2])}"
-            )

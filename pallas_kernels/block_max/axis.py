@@ -6,6 +6,7 @@ that counts twice changes no maximum, and nothing needs a mask but what rows see
 """
 
 import dataclasses
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels.geometry import Geometry
 
-_Indices = Int[np.ndarray, "..."] | Int[Array, "..."]
+_Indices = TypeVar("_Indices", Int[np.ndarray, "..."], Int[Array, "..."])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pallas_kernels.selection import Implementations
 from pallas_kernels.targets import Target
 
 IMPLEMENTATIONS = Implementations(
-    "pallas_kernels.block_max", ("pallas_tpu", "triton", "xla", "reference")
+    "pallas_kernels.block_max", ("pallas_tpu", "mosaic_gpu", "triton", "xla", "reference")
 )
 
 

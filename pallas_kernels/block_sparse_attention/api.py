@@ -41,7 +41,8 @@ def block_sparse_attention(
     allows the pair, and so do causality, window and segments. A query that sees no key
     gets out 0, gradient 0 and lse -inf. Logits, softmax and sums are float32, or
     float64 for float64 inputs. Differentiable in query, key and value, through both
-    outputs.
+    outputs. Keys and values that a query does not see change nothing as long as they and
+    their products are finite: the weight of 0 that they get makes NaN of infinity.
 
     Args:
         query: N heads, a multiple of K; head n reads key/value head n // (N / K).

@@ -1,13 +1,12 @@
 """Checks the arguments of `block_sparse_attention`, each mistake told in one line."""
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels import tiles
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.call import Call
 from pallas_kernels.block_sparse_attention.scores import Scores
-from pallas_kernels.checks import check_heads
+from pallas_kernels.checks import check_array, check_dtypes, check_heads, check_segments
 
 
 def checked(
@@ -31,7 +30,7 @@ def checked(
     """
     _check_arrays(query, key, value)
     _check_mask(query, key, block_mask)
-    _check_segments(query, key, segment_ids)
+    check_segments(query, key, segment_ids)
     block_mask = block_mask.tightened(is_causal, window_size, query_offset)
     scores = Scores(query.shape[-1] ** -0.5 if scale is None else scale, logits_soft_cap)
     return Call(query, key, value, block_mask, segment_ids, scores, return_lse)
@@ -39,17 +38,18 @@ def checked(
 
 def _check_arrays(query: Array, key: Array, value: Array) -> None:
     check_heads(query, key)
-    for name, array in {"query": query, "key": key, "value": value}.items():
-        if array.dtype != query.dtype or not jnp.issubdtype(query.dtype, jnp.floating):
-            raise ValueError(
-                f"{name} is {array.dtype}, query {query.dtype}: cast query, key and "
-                "value to one floating dtype"
-            )
+    check_array("value", value)
+    check_dtypes(query=query, key=key, value=value)
     if key.shape != value.shape:
         raise ValueError(f"value has shape {value.shape}, key {key.shape}: pass equal shapes")
 
 
 def _check_mask(query: Array, key: Array, block_mask: BlockMask) -> None:
+    if not isinstance(block_mask, BlockMask):
+        raise ValueError(
+            f"block_mask is {type(block_mask).__name__}: pass a BlockMask, made by "
+            "BlockMask.from_rule, from_block_map or from_top_k"
+        )
     lengths = (query.shape[1], key.shape[1])
     built = (block_mask.query_length, block_mask.key_length)
     if lengths != built:
@@ -68,17 +68,4 @@ def _check_mask(query: Array, key: Array, block_mask: BlockMask) -> None:
         raise ValueError(
             f"block_mask has batch {batch[0]}, query has {query.shape[0]}: build it "
             "for that batch, or for 1"
-        )
-
-
-def _check_segments(query: Array, key: Array, segment_ids: tuple[Array, Array] | None) -> None:
-    if segment_ids is None:
-        return
-    shapes = (query.shape[:2], key.shape[:2])
-    given = [(ids.shape, jnp.issubdtype(ids.dtype, jnp.integer)) for ids in segment_ids]
-    if given != [(shape, True) for shape in shapes]:
-        listed = ", ".join(f"{ids.dtype}{list(ids.shape)}" for ids in segment_ids)
-        raise ValueError(
-            f"segment_ids are ({listed}): pass integers (query {list(shapes[0])}, key "
-            f"{list(shapes[1])})"
         )

@@ -17,7 +17,8 @@ class Call:
         key: keys.
         value: values.
         block_mask: the pattern, under the limits of this call.
-        segment_ids: of queries and keys, if given.
+        segment_ids: of queries and keys, if given. Keys that `pallas_tpu` has gathered
+            have ids for each of their heads.
         scores: scale and soft cap.
         return_lse: whether the log-sum-exp is used.
     """
@@ -26,6 +27,6 @@ class Call:
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K H"]
     block_mask: BlockMask
-    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B *K S"]] | None
     scores: Scores
     return_lse: bool

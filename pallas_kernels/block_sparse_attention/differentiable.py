@@ -6,6 +6,7 @@ folds a vmapped axis into the batch, which the lists may have too.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -129,15 +130,15 @@ def attend(
         )
     )
     lengths = (query.shape[1], key.shape[1])
+
+    @functools.cache
+    def key_lists(tiling: Tiling) -> Lists:
+        lists = kernel_tables.key_lists(block_mask, tiling, segments)
+        return _pad_lists(lists, lengths[0] // tiling.query_tile)
+
     tables = Tables(
-        _pad_lists(
-            kernel_tables.key_lists(block_mask, plan.forward, segments),
-            lengths[0] // plan.forward.query_tile,
-        ),
-        _pad_lists(
-            kernel_tables.key_lists(block_mask, plan.d_query, segments),
-            lengths[0] // plan.d_query.query_tile,
-        ),
+        key_lists(plan.forward),
+        key_lists(plan.d_query),
         _pad_lists(
             kernel_tables.query_lists(block_mask, plan.d_key, segments),
             lengths[1] // plan.d_key.key_tile,
@@ -225,4 +226,4 @@ def _pad_segments(segments: Segments | None, queries: int, keys: int) -> Segment
     if segments is None:
         return None
     pairs = zip(segments, (queries, keys), strict=True)
-    return Segments(*(_pad(ids, 1, length, _LOWEST_ID) for ids, length in pairs))
+    return Segments(*(_pad(ids, -1, length, _LOWEST_ID) for ids, length in pairs))

@@ -5,21 +5,28 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.checks import is_finite_number, shown
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """Logits s of raw products x: s = x * scale, or c * tanh(x * scale / c) if capped.
 
     Raises:
-        ValueError: soft_cap is not positive.
+        ValueError: scale is no finite number, or soft_cap is not positive and finite.
     """
 
     scale: float
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.soft_cap is not None and self.soft_cap <= 0:
-            raise ValueError(f"logits_soft_cap={self.soft_cap} must be positive: None means no cap")
+        if not is_finite_number(self.scale):
+            raise ValueError(f"scale={shown(self.scale)} must be a finite Python number")
+        cap = self.soft_cap
+        if cap is not None and not (is_finite_number(cap) and cap > 0):
+            raise ValueError(
+                f"logits_soft_cap={shown(cap)} must be positive and finite: None means no cap"
+            )
 
     def logits(self, raw: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns s."""

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -304,22 +303,38 @@ def zeros(*shape, dtype=jnp.float32):
 
 BAD_CALLS = {
     "query has shape .*pass \\[batch, length": {"query": zeros(16, 2, 8)},
+    "query has shape \\(0, 16, 2, 8\\)": dict.fromkeys(("query", "key"), zeros(0, 16, 2, 8)),
+    "key has shape \\(1, 0, 2, 8\\): pass": {"key": zeros(1, 0, 2, 8)},
+    "key is NoneType: pass an array": {"key": None},
+    "lse is NoneType: pass an array": {"lse": None},
     "key is bfloat16, query float32: cast": {"key": zeros(1, 16, 2, 8, dtype=jnp.bfloat16)},
     "key heads that divide": {"query": zeros(1, 16, 3, 8)},
     "lse is float32\\[1, 2, 16\\], query has shape": {"lse": zeros(1, 2, 16)},
     "lse is int32\\[1, 16, 2\\], query has": {"lse": zeros(1, 16, 2, dtype=jnp.int32)},
-    "segment_ids of the key are int32\\[1, 9\\]": {
+    "segment_ids are \\(int32\\[1, 16\\], int32\\[1, 9\\]\\)": {
         "segment_ids": (zeros(1, 16, dtype=jnp.int32), zeros(1, 9, dtype=jnp.int32))
     },
-    "segment_ids of the query are float32": {"segment_ids": (zeros(1, 16),) * 2},
-    "segment_ids has 1 entries: pass 2": {"segment_ids": (zeros(1, 16, dtype=jnp.int32),)},
+    "segment_ids are \\(float32\\[1, 16\\]": {"segment_ids": (zeros(1, 16),) * 2},
+    "segment_ids are \\(int32\\[1, 16\\]\\): pass": {
+        "segment_ids": (zeros(1, 16, dtype=jnp.int32),)
+    },
+    "segment_ids are int32\\[1, 16\\]: pass": {"segment_ids": zeros(1, 16, dtype=jnp.int32)},
     "query_block_size=0 must be at least 1": {"query_block_size": 0},
     "key_block_size=-4 must be at least 1": {"key_block_size": -4},
+    "key_block_size=None must be an integer": {"key_block_size": None},
     "window_size=0 must be at least 1": {"window_size": 0},
+    "window_size=3.5 must be an integer": {"window_size": 3.5},
+    "prefix_length=1.5 must be an integer": {"prefix_length": 1.5},
+    "is_causal=None must be True or False": {"is_causal": None},
+    "query_offset is 1.5: pass one integer": {"query_offset": 1.5},
     "scale=-1.0 must be positive": {"scale": -1.0},
+    "scale=nan must be a finite": {"scale": float("nan")},
+    "scale=float32\\[2\\] must be a finite": {"scale": np.ones(2, np.float32)},
     "logits_soft_cap=0.0 must be positive": {"logits_soft_cap": 0.0},
+    "logits_soft_cap=nan must be positive": {"logits_soft_cap": float("nan")},
     "group_reduction='mean' must be 'max' or None": {"group_reduction": "mean"},
     "implementation='cudnn' must name one": {"implementation": "cudnn"},
+    "implementation=\\('xla', 3\\) must name one": {"implementation": ("xla", 3)},
 }
 
 
@@ -333,18 +348,17 @@ def call_with(**change):
         "key_block_size": 8,
         "is_causal": True,
     } | change
-    # Without the checks of types and shapes that only tests switch on.
-    return inspect.unwrap(block_max_attention)(**arguments)
+    return block_max_attention(**arguments)
 
 
 @pytest.mark.parametrize(("message", "change"), BAD_CALLS.items(), ids=BAD_CALLS)
-def test_bad_input(message, change):
+def test_bad_input(message, change, untyped):
     with pytest.raises(ValueError, match=message) as error:
         call_with(**change)
     assert "\n" not in str(error.value)
 
 
-def test_what_cannot_run_says_why():
+def test_what_cannot_run_says_why(untyped):
     with pytest.raises(NotImplementedError, match="^pallas_tpu: needs a TPU, not cpu; none can"):
         call_with(implementation="pallas_tpu")
     with jax.enable_x64(True), targets.use(Target("tpu")):

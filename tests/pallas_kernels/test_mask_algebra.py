@@ -121,6 +121,13 @@ def test_transpose(limits, offset):
     assert mask.transpose().density() == pytest.approx(float(mask.density()))
 
 
+def test_a_transpose_refuses_offsets_that_show_what_is_not_listed():
+    mask = BlockMask.from_rule(Dense(), 30, 46, 8, 8, is_causal=True).transpose()
+    assert mask.tightened(False, None, -16).query_offset == -16
+    with pytest.raises(ValueError, match="query_offset=-17 shows tiles"):
+        mask.tightened(False, None, -17)
+
+
 @pytest.mark.parametrize("make", ["prefix", "transpose", "diagonal"])
 def test_attention_keeps_limits_of_the_mask_alone(make):
     rng = np.random.default_rng(0)
@@ -168,6 +175,10 @@ INNER = BlockMask.from_rule(Strided(4, 3, num_heads=2), *LENGTHS, is_causal=Fals
             "key_block_size=8 on the left, key_block_size=9 on the right; .* build both",
         ),
         (
+            lambda: selected(0, 1) & BlockMask.from_rule(Dense(), 30, 45, 8, 8, is_causal=False),
+            "key_length=46 on the left, key_length=45 on the right",
+        ),
+        (
             lambda: selected(0, 1) & selected(0, 1, query_offset=3),
             "query_offset=16 on the left, query_offset=3 on the right",
         ),
@@ -191,6 +202,13 @@ INNER = BlockMask.from_rule(Strided(4, 3, num_heads=2), *LENGTHS, is_causal=Fals
 def test_bad_input(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("combine", [operator.and_, operator.or_])
+def test_combines_with_masks_alone(combine, untyped):
+    for other in (None, np.ones((1, 4, 6), bool)):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            combine(selected(0, 1), other)
 
 
 def test_traced_offsets_must_be_one_array():

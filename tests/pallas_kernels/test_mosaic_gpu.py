@@ -23,6 +23,8 @@ from pallas_kernels.targets import Target
 from tests.pallas_kernels import gpu_interpreter, kernel_cases, list_loops
 from tests.pallas_kernels.kernel_cases import CASES, Case
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 HOPPER = Target("cuda", "NVIDIA H200", 90)
 INTERPRETED = dataclasses.replace(HOPPER, interpret=True)
 
@@ -67,14 +69,6 @@ INTERPRETED_CASES = {
         rule(Local(64, left=2), 130, query_offset=-40), heads=1, head_dim=256, dtype=jnp.bfloat16
     ),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """The programs are large and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("name", INTERPRETED_CASES)

@@ -9,12 +9,23 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import BlockMask, Dense, Local, Strided, block_sparse_attention, targets
+from pallas_kernels import (
+    BlockMask,
+    Dense,
+    Local,
+    Strided,
+    block_sparse_attention,
+    kernel_tables,
+    targets,
+)
 from pallas_kernels.block_sparse_attention import pallas_tpu, reference
 from pallas_kernels.block_sparse_attention.pallas_tpu import flat, lists, strided, tuning
+from pallas_kernels.kernel_tables import Segments, Tiling
 from pallas_kernels.targets import Target
 from tests.pallas_kernels import kernel_cases
 from tests.pallas_kernels.kernel_cases import CASES, Case
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 INTERPRETED = Target("tpu", interpret=True)
 SIMULATED = Target("tpu", interpret=pltpu.InterpretParams())
@@ -25,14 +36,6 @@ TILES = [(64, 128), (128, 64), (64, 64)]
 def attend(call, target=INTERPRETED):
     """Attention by lists in those tiles."""
     return lists.run(lists.plan(call, target, TILES), call)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """The programs are large and run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def assert_agrees(call, results):
@@ -165,7 +168,24 @@ STRIPED = {
         kv_heads=2,
     ),
     "chunk": Case(
-        kernel_cases._rule(Strided(64, 2, 2, homo_head=True), 128, 384, query_offset=128)
+        kernel_cases._rule(Strided(64, 2, 4, homo_head=True), 128, 384, query_offset=128),
+        heads=4,
+        kv_heads=2,
+        segments=2,
+    ),
+    "segments": Case(
+        kernel_cases._rule(Strided(16, 3, 4, left=2, dense_heads=1), 200),
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        segments=4,
+        soft_cap=1.5,
+    ),
+    "segments_multi_head": Case(
+        kernel_cases._rule(Strided(16, 4, 4), 150, 170, query_offset=16),
+        heads=4,
+        kv_heads=4,
+        segments=3,
     ),
 }
 
@@ -175,26 +195,45 @@ def test_band_and_gathered_stripes(name):
     call = kernel_cases.make(STRIPED[name])
 
     def in_parts(call):
-        return strided.attend(strided.split(call), INTERPRETED)
+        return strided.attend(strided.split(call), call, INTERPRETED)
 
     assert_agrees(call, kernel_cases.results(in_parts, call))
 
 
-def test_stripes_are_gathered_where_that_leaves_fewer_tiles():
-    for length, expected in ((8192, True), (256, False)):
+def test_gathered_keys_are_met_by_queries_of_their_segments():
+    """A segment has a tile of gathered keys in each head, whatever its phase."""
+    call = kernel_cases.make(Case(kernel_cases._rule(Strided(16, 4, 4), 512), heads=4, kv_heads=2))
+    ids = jnp.arange(512)[None] // 128
+    parts = strided.split(call)
+    gathered = parts.gathered(dataclasses.replace(call, segment_ids=(ids, ids)))
+    listed = kernel_tables.key_lists(
+        parts.stripes, Tiling.of(parts.stripes, 32, 32), Segments(*gathered.segment_ids)
+    )
+    assert listed.counts.shape == (1, 4, 16)
+    assert listed.counts.max() == 1
+    own = np.broadcast_to(np.arange(16) // 4, (1, 4, 16))
+    is_listed = listed.counts > 0
+    np.testing.assert_array_equal(listed.tiles[..., 0][is_listed], own[is_listed])
+
+
+@pytest.mark.parametrize("has_segments", [False, True])
+def test_stripes_are_gathered_where_that_leaves_fewer_tiles(has_segments):
+    for length, calls in ((8192, 2), (256, 1)):
         block_mask = BlockMask.from_rule(Strided(64, 16, 2, left=4), length, is_causal=True)
+        ids = jnp.zeros((1, length), jnp.int32)
         call = dataclasses.replace(
             kernel_cases.make(CASES["strided"]),
             block_mask=block_mask,
+            segment_ids=(ids, ids) if has_segments else None,
             **dict.fromkeys(("query", "key", "value"), jnp.zeros((1, length, 2, 64), jnp.bfloat16)),
         )
-        assert strided.is_faster(strided.split(call), call) == expected
+        program = jax.make_jaxpr(lambda call=call: pallas_tpu.attend(call, INTERPRETED))()
+        assert str(program).count("pallas_call[") == calls
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"segment_ids": (jnp.zeros((1, 256), jnp.int32),) * 2},
         {"rule": Local(64)},
         {"rule": Strided(64, 2, 2, stripes="relative")},
         {"window_size": 200},
@@ -211,7 +250,6 @@ def test_stripes_do_not_apply(change):
     if "is_traced" in change:
         block_mask = jax.tree.map(jnp.asarray, block_mask)
     call = kernel_cases.make(Case(lambda: block_mask, kv_heads=2))
-    call = dataclasses.replace(call, segment_ids=change.get("segment_ids"))
     assert strided.split(call) is None
 
 

@@ -17,7 +17,12 @@ from pallas_kernels.block_sparse_attention.triton.tuning import Shape
 from pallas_kernels.selection import Implementations
 from pallas_kernels.targets import Target
 from tests.golden import test_s2
-from tests.pallas_kernels import kernel_cases, test_block_max, triton_interpreter
+from tests.pallas_kernels import (
+    kernel_cases,
+    test_block_max,
+    test_overflow,
+    triton_interpreter,
+)
 
 pytestmark = pytest.mark.oracle
 
@@ -45,6 +50,7 @@ CHECKS = {
     "attention": kernel_cases.CASES,
     "unequal_tiles": UNEQUAL,
     "vmap": ("chunk",),
+    "overflow": ("bfloat16", "float32"),
     "block_max": BLOCK_MAX,
     "golden": GOLDEN,
 }
@@ -63,6 +69,7 @@ def check(name: str) -> None:
         "attention": check_attention,
         "unequal_tiles": check_unequal_tiles,
         "vmap": check_vmap,
+        "overflow": check_overflow,
         "block_max": check_block_max,
         "golden": check_golden,
     }[kind](case)
@@ -99,6 +106,10 @@ def check_vmap(name: str) -> None:
     for i, arguments in enumerate(zip(offsets, factors, strict=True)):
         actual = tuple(x[i] for x in together)
         kernel_cases.assert_agree(actual, kernel_cases.expected(at(*arguments)), np.float32)
+
+
+def check_overflow(dtype: str) -> None:
+    test_overflow.compare("triton", TARGET, jnp.dtype(dtype))
 
 
 def check_block_max(name: str) -> None:

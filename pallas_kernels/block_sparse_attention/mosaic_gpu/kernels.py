@@ -1,4 +1,4 @@
-"""What the three kernels share: reading the lists, the roles of warpgroups, the launch."""
+"""What the kernels share: reading the lists, the roles of warpgroups, the launch."""
 
 import dataclasses
 import importlib
@@ -208,15 +208,16 @@ def start(
 ) -> tuple[Array, ...]:
     """Runs body(*operands, outputs, *scratch) on a grid [batch, head, tile].
 
-    Operands are trees of arrays, and of references in the body, which may bring the
-    barriers around what it stores: else each store gets two. The tile is what changes
-    fastest: tiles of one head run together and share the other side in the cache.
+    The tile is what changes fastest: tiles of one head run together and share the other
+    side in the cache. Operands are trees of arrays; the body gets trees of references.
+    Every store has barriers around it, unless the body has what barriers it needs.
     """
     arrays, structure = jax.tree.flatten(operands)
 
     def kernel(*refs: Any) -> None:
         given, rest = refs[: len(arrays)], refs[len(arrays) :]
-        body(*structure.unflatten(given), rest[: len(outputs)], *rest[len(outputs) :])
+        given = jax.tree.unflatten(structure, given)
+        body(*given, rest[: len(outputs)], *rest[len(outputs) :])
 
     results = plgpu.kernel(
         kernel,

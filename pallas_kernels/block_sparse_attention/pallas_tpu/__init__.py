@@ -35,7 +35,7 @@ def refusal(call: Call, target: Target) -> str | None:
 def attend(call: Call, target: Target) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Returns (out, lse)."""
     parts = _stripes(call)
-    return lists.attend(call, target) if parts is None else strided.attend(parts, target)
+    return lists.attend(call, target) if parts is None else strided.attend(parts, call, target)
 
 
 def plans(call: Call, target: Target) -> tuple[Plan, ...]:

@@ -15,28 +15,53 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.call import Call
-from pallas_kernels.block_sparse_attention.pallas_tpu import lists, tuning
+from pallas_kernels.block_sparse_attention.pallas_tpu import lists, tile, tuning
 from pallas_kernels.rules import Strided
 from pallas_kernels.targets import Target
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-    """Two calls with the same queries, whose keys make up those of one call."""
+    """What the two parts of a call attend to.
 
-    band: Call
-    stripes: Call
+    Attributes:
+        band: blocks of all keys.
+        stripes: blocks of the gathered keys.
+        phases: the first block that is gathered for each head, L = max(Hp, K) of them.
+        rule: the pattern of the call.
+    """
+
+    band: BlockMask
+    stripes: BlockMask
+    phases: Int[np.ndarray, "L"]
+    rule: Strided
+
+    def gathered(self, call: Call) -> Call:
+        """Returns the call with the striped keys of each head, values and ids alike."""
+        segment_ids = call.segment_ids
+        if segment_ids is not None:
+            query_ids, key_ids = segment_ids
+            # Stripes of other phases have other ids.
+            by_head = _gather(key_ids[..., None, None], self.phases, self.rule)[..., 0]
+            segment_ids = (query_ids, by_head.swapaxes(1, 2))
+        return dataclasses.replace(
+            call,
+            key=_gather(call.key, self.phases, self.rule),
+            value=_gather(call.value, self.phases, self.rule),
+            block_mask=self.stripes,
+            segment_ids=segment_ids,
+        )
 
 
 def split(call: Call) -> Parts | None:
     """Returns the parts of a call with absolute stripes; None where they do not apply.
 
-    They need a causal rule whose lists are known on the host, no window and no
-    segments, and queries that start at a block and end no later than the keys.
+    They need a causal rule whose lists are known on the host, no window, and queries
+    that start at a block and end no later than the keys.
     """
     rule = _rule(call)
     if rule is None:
@@ -53,46 +78,46 @@ def split(call: Call) -> Parts | None:
     band = (is_near | is_dense)[: len(heads) if rule.dense_heads else 1]
     phases = _phases(rule)
     gathered = phases[:, None, None] + np.arange(-(-len(key_block) // stride)) * stride
-    staircase = (query_block - gathered >= rule.left) & ~is_dense
-    stripes = BlockMask.from_block_map(
-        staircase, queries, gathered.shape[-1] * size, size, size, is_causal=False, query_offset=0
-    )
-    phases = phases.repeat(call.query.shape[2] // len(heads))
+    staircase = (gathered <= query_block - rule.left) & ~is_dense
     return Parts(
-        dataclasses.replace(
-            call,
-            block_mask=BlockMask.from_block_map(
-                band, queries, keys, size, size, is_causal=True, query_offset=offset
-            ),
+        BlockMask.from_block_map(
+            band, queries, keys, size, size, is_causal=True, query_offset=offset
         ),
-        dataclasses.replace(
-            call,
-            key=_gather(call.key, phases, size, stride),
-            value=_gather(call.value, phases, size, stride),
-            block_mask=stripes,
+        BlockMask.from_block_map(
+            staircase,
+            *(queries, gathered.shape[-1] * size, size, size),
+            is_causal=False,
+            query_offset=0,
         ),
+        phases.repeat(max(len(heads), call.key.shape[2]) // len(heads)),
+        rule,
     )
 
 
 def is_faster(parts: Parts, call: Call) -> bool:
     """Returns whether the parts take fewer or smaller tiles than the lists of the call."""
+    masks = (parts.band, parts.stripes)
     whole = tuning.choose(call)
-    pieces = [tuning.choose(part) for part in (parts.band, parts.stripes)]
+    pieces = [tuning.choose(dataclasses.replace(call, block_mask=mask)) for mask in masks]
     if whole is None or None in pieces:
         return False
     return sum(piece.cost for piece in pieces if piece) < whole.cost
 
 
-def attend(parts: Parts, target: Target) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
+def attend(
+    parts: Parts, call: Call, target: Target
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Returns (out, lse) of both parts together."""
-    near, near_lse = lists.attend(parts.band, target)
-    far, far_lse = lists.attend(parts.stripes, target)
-    # Every query sees its own key in the band: its lse is finite.
-    peak = lax.stop_gradient(jnp.maximum(near_lse, far_lse))
+    near, near_lse = lists.attend(dataclasses.replace(call, block_mask=parts.band), target)
+    far, far_lse = lists.attend(parts.gathered(call), target)
+    # Finite, so that a row which sees nothing has weights of 0, and not NaN.
+    peak = lax.stop_gradient(jnp.maximum(jnp.maximum(near_lse, far_lse), tile.LEAST))
     near_weight, far_weight = jnp.exp(near_lse - peak), jnp.exp(far_lse - peak)
     total = near_weight + far_weight
-    out = near * (near_weight / total)[..., None] + far * (far_weight / total)[..., None]
-    return out.astype(near.dtype), peak + jnp.log(total)
+    is_empty = total == 0
+    divisor = jnp.where(is_empty, 1, total)
+    out = near * (near_weight / divisor)[..., None] + far * (far_weight / divisor)[..., None]
+    return out.astype(near.dtype), jnp.where(is_empty, -jnp.inf, peak + jnp.log(divisor))
 
 
 def _rule(call: Call) -> Strided | None:
@@ -103,10 +128,10 @@ def _rule(call: Call) -> Strided | None:
         return None
     geometry = block_mask.geometry
     is_plain = geometry.is_causal and not geometry.prefix_length and not geometry.is_anticausal
-    is_plain &= geometry.window_size is None and call.segment_ids is None
+    is_plain &= geometry.window_size is None and block_mask.is_uniform
     offset = int(block_mask.query_offset)
     fits = 0 <= offset <= geometry.default_offset and offset % rule.block_size == 0
-    return rule if is_plain and fits and block_mask.is_uniform else None
+    return rule if is_plain and fits else None
 
 
 def _phases(rule: Strided) -> Int[np.ndarray, "Hp"]:
@@ -118,22 +143,23 @@ def _phases(rule: Strided) -> Int[np.ndarray, "Hp"]:
 
 
 def _gather(
-    array: Float[Array, "B S K H"], phases: Int[np.ndarray, "N"], size: int, stride: int
-) -> Float[Array, "B P L H"]:
-    """Returns the blocks phase, phase + stride, ... of every head, L = K or N heads.
+    array: Shaped[Array, "B S K H"], phases: Int[np.ndarray, "L"], rule: Strided
+) -> Shaped[Array, "B P L H"]:
+    """Returns the blocks phase, phase + stride, ... of every head, K of which serve L.
 
     Splits, unlike indices, have a transpose that adds nothing up.
     """
     batch, length, kv_heads, head_dim = array.shape
-    by_group = phases.reshape(kv_heads, -1)
-    if (by_group == by_group[:, :1]).all():
-        by_group = by_group[:, :1]
+    size, stride = rule.block_size, rule.stride
     padding = -length % (size * stride)
     array = jnp.pad(array, ((0, 0), (0, padding), (0, 0), (0, 0)))
     blocks = array.reshape(batch, -1, stride, size, kv_heads, head_dim)
+    by_head = zip(
+        lax.split(blocks, [1] * kv_heads, axis=4), phases.reshape(kv_heads, -1), strict=True
+    )
     gathered = [
         lax.split(head, (phase, 1, stride - phase - 1), axis=2)[1]
-        for head, phases in zip(lax.split(blocks, [1] * kv_heads, axis=4), by_group, strict=True)
+        for head, phases in by_head
         for phase in phases.tolist()
     ]
     return jnp.concatenate(gathered, axis=4).reshape(batch, -1, len(gathered), head_dim)

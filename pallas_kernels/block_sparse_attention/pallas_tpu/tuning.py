@@ -61,15 +61,22 @@ def choices(call: Call) -> list[Choice]:
     """
     block_mask = call.block_mask
     geometry = block_mask.geometry
+    block = geometry.query_block_size
     largest = _LARGEST if call.query.dtype == jnp.bfloat16 else _LARGEST_WIDE
     pairs = itertools.product(
-        _sizes(geometry.query_length, geometry.query_block_size, _QUERY_UNIT, largest),
+        _sizes(geometry.query_length, block, _QUERY_UNIT, largest),
         _sizes(geometry.key_length, geometry.key_block_size, _KEY_UNIT, largest),
     )
     possible = [pair for pair in pairs if kernel_tables.refusal(block_mask, *pair) is None]
-    # Tiny tiles never win where there are larger ones, and take long to count.
+    # Tiny tiles never win where there are larger ones, and take long to count; nor do
+    # halves of what lies within a block, which have the same list twice.
     least = max(map(math.prod, possible), default=0) // 16
-    possible = [pair for pair in possible if math.prod(pair) >= least]
+    possible = [
+        (query_tile, key_tile)
+        for query_tile, key_tile in possible
+        if query_tile * key_tile >= least
+        and ((2 * query_tile, key_tile) not in possible or block % (2 * query_tile))
+    ]
     count = _counter(block_mask)
     programs = call.query.shape[0] * call.query.shape[2]
     found = [Choice(*pair, int(programs * count(*pair) * _time(*pair))) for pair in possible]
@@ -95,16 +102,23 @@ def _counter(block_mask: BlockMask) -> Callable[[int, int], float]:
     tables = (block_mask.kv_counts, block_mask.kv_indices)
     if not all(isinstance(array, np.ndarray) for array in (*tables, block_mask.query_offset)):
         return functools.partial(_all_tiles, block_mask.geometry)
-    blocks = block_mask.geometry.key_blocks
+    geometry = block_mask.geometry
     counts, indices = (
         table.reshape(-1, *table.shape[-n:]) for n, table in zip((1, 2), tables, strict=True)
     )
     # The first and the last pattern stand for all: it is an estimate.
     some = [0, -1] if len(counts) > 1 else [0]
-    listed = tiles.expand(counts[some], indices[some], blocks)
-    # sums[:, m, j] counts blocks above and left of (m, j).
-    sums = np.pad(listed.cumsum(1, dtype=np.int32).cumsum(2), ((0, 0), (1, 0), (1, 0)))
-    return functools.partial(_listed_tiles, block_mask, sums)
+    listed = tiles.expand(counts[some], indices[some], geometry.key_blocks)
+    rows = np.pad(listed.cumsum(2, dtype=np.int32), ((0, 0), (0, 0), (1, 0))).swapaxes(0, 1)
+    # sums[m, :, j] counts blocks above and left of (m, j), added up by whole rows.
+    sums = np.stack([*itertools.accumulate(rows, initial=np.zeros_like(rows[0]))])
+
+    @functools.cache
+    def above(key_tile: int) -> Int[np.ndarray, "m P tiles"]:
+        left, right = _touched(geometry.key_length, geometry.key_block_size, key_tile)
+        return sums[..., right] - sums[..., left]
+
+    return functools.partial(_listed_tiles, block_mask, above)
 
 
 def _cut(geometry: Geometry, query_tile: int, key_tile: int) -> Geometry:
@@ -117,17 +131,19 @@ def _all_tiles(geometry: Geometry, query_tile: int, key_tile: int) -> float:
 
 
 def _listed_tiles(
-    block_mask: BlockMask, sums: Int[np.ndarray, "P M J"], query_tile: int, key_tile: int
+    block_mask: BlockMask, above: Callable[[int], np.ndarray], query_tile: int, key_tile: int
 ) -> float:
-    """Returns how many tiles the kernel's lists will have, for a mean pattern."""
+    """Returns how many tiles the kernel's lists will have, for a mean pattern.
+
+    above(key_tile)[m] counts blocks above m in each column of tiles.
+    """
     geometry = block_mask.geometry
     top, bottom = _touched(geometry.query_length, geometry.query_block_size, query_tile)
-    left, right = _touched(geometry.key_length, geometry.key_block_size, key_tile)
-    lower, upper = sums[:, bottom], sums[:, top]
-    inside = lower[..., right] - lower[..., left] - upper[..., right] + upper[..., left]
+    blocks = above(key_tile)
+    has_blocks = blocks[bottom] > blocks[top]
     cut = _cut(geometry, query_tile, key_tile)
     seen, _, _ = tiles.rule_tiles(Dense(), cut, block_mask.query_offset)
-    return float(((inside > 0) & seen).sum() / len(sums))
+    return np.count_nonzero(has_blocks & seen.swapaxes(0, 1)) / has_blocks.shape[1]
 
 
 def _touched(
