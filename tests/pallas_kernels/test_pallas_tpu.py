@@ -124,6 +124,10 @@ def test_vmap_and_remat():
     assert_equal([x[0] for x in together], _gradients(naive, *arrays))
 
 
+@pytest.mark.skipif(
+    jax.__version_info__[:2] == (0, 11),
+    reason="Shardy of jaxlib 0.11 crashes on an interpreted kernel's loop over a traced grid",
+)
 def test_shards_of_batch_and_heads():
     block_mask = BlockMask.from_rule(Strided(64, 2, 4, 2, phase_by="kv_head"), 128, is_causal=True)
     rng = np.random.default_rng(0)
