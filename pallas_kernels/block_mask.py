@@ -229,6 +229,9 @@ class BlockMask(BlockTables):
             *tiles.compact(kinds, capacities[0]),
             *tiles.compact(kinds.swapaxes(-1, -2), capacities[1]),
             overflow=np.zeros(kinds.shape[:-2], bool) if overflow is None else overflow,
+            head_numbers=np.broadcast_to(
+                np.arange(kinds.shape[-3], dtype=np.int32), kinds.shape[:-2]
+            ),
             query_offset=tiles.as_scalar(offset),
             rule=rule,
             is_uniform=is_uniform,
@@ -313,6 +316,7 @@ class BlockMask(BlockTables):
             self.kv_indices,
             self.kv_kinds,
             overflow=self.overflow,
+            head_numbers=self.head_numbers,
             query_offset=tiles.as_scalar(-self.query_offset),
             rule=None,
             is_uniform=True,

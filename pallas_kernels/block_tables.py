@@ -7,13 +7,14 @@ inside tiles marked "partial"; a T x S mask never exists.
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import pictures, tiles
+from pallas_kernels.checks import check_integer
 from pallas_kernels.rules import Dense, Rule
 
 PARTIAL = 1
@@ -21,7 +22,12 @@ FULL = 2
 
 # An array, numpy's or JAX's, or what a tree transformation puts in its place.
 _Table = Any
+_Tables = TypeVar("_Tables", bound="BlockTables")
 _STATIC = {"static": True}
+_BY_HEAD = (
+    *("kv_counts", "kv_indices", "kv_kinds", "q_counts", "q_indices", "q_kinds"),
+    *("overflow", "head_numbers"),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +47,7 @@ class BlockTables:
         q_kinds: [Hp, J, R], as kv_kinds.
         overflow: [Hp], True where traced values asked for more than is listed: see
             `from_block_map` and `from_top_k`.
+        head_numbers: [Hp], which heads of the rule these are; a device may hold some.
         query_offset: position of the first query on the axis where the first key is 0.
         query_length: T in tokens.
         key_length: S in tokens.
@@ -61,6 +68,7 @@ class BlockTables:
     q_indices: _Table
     q_kinds: _Table
     overflow: _Table
+    head_numbers: _Table
     query_offset: _Table
     query_length: int = dataclasses.field(metadata=_STATIC)
     key_length: int = dataclasses.field(metadata=_STATIC)
@@ -100,10 +108,36 @@ class BlockTables:
         query, key = np.arange(self.query_length), np.arange(self.key_length)
         listed = self.block_map()[..., query // self.query_block_size, :]
         listed = listed[..., key // self.key_block_size]
-        head = np.arange(listed.shape[-3])[:, None, None]
+        head = self.head_numbers[..., None, None]
         position = query[:, None] + self.query_offset
         pairs = tiles.rule_pairs(self.inner_rule, head, position, key)
         return listed & geometry.pairs(position, key) & pairs
+
+    def take_heads(self: _Tables, first: int | np.integer | Int[Array, ""], count: int) -> _Tables:
+        """Returns count pattern heads from one on: what a device that holds these needs.
+
+        Args:
+            first: number of the first, which may be traced, as in `jax.shard_map`.
+            count: how many.
+
+        Raises:
+            ValueError: there are fewer heads.
+        """
+        heads = self.overflow.shape[-1]
+        check_integer("count", count)
+        is_traced = isinstance(first, jax.Array)
+        if count > heads or not (is_traced or 0 <= first <= heads - count):
+            raise ValueError(
+                f"first={first} and count={count} must lie within the {heads} pattern heads"
+            )
+        axis = self.overflow.ndim - 1
+
+        def take(table: _Table) -> _Table:
+            if is_traced or isinstance(table, jax.Array):
+                return jax.lax.dynamic_slice_in_dim(table, first, count, axis)
+            return table.take(range(first, first + count), axis)
+
+        return dataclasses.replace(self, **{name: take(getattr(self, name)) for name in _BY_HEAD})
 
     def density(self) -> Float[Array, ""] | float:
         """Returns the tiles attended to over those of dense attention with the same limits.

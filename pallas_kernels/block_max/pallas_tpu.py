@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from pallas_kernels import precision
 from pallas_kernels.block_max.call import Call
 from pallas_kernels.block_max.tpu_grid import LANES, SUBLANES, Facts, Place, Plan, Ref
 from pallas_kernels.geometry import Mask
@@ -123,7 +124,7 @@ def _kernel(plan: Plan, num_facts: int, *refs: Ref) -> None:
             key[0, 0],
             query[0, 0],
             (((1,), (1,)), ((), ())),
-            precision=_precision(query.dtype),
+            precision=precision.exact(query.dtype),
             preferred_element_type=jnp.float32,
         )
         if not is_full:
@@ -158,7 +159,3 @@ def _mask(plan: Plan, place: Place, offset: Array, segments: list[Ref]) -> Mask:
     query_ids, key_ids = (ids[0] for ids in segments)
     key_ids = jnp.broadcast_to(key_ids, (SUBLANES, keys)).T[:, :1]
     return mask & (query_ids == key_ids)
-
-
-def _precision(dtype: jnp.dtype) -> lax.Precision:
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT

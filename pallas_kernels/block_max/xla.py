@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels import precision
 from pallas_kernels.block_max.axis import Axis, visible_tiles
 from pallas_kernels.block_max.call import Call
 from pallas_kernels.block_sparse_attention.scores import Scores
@@ -165,7 +166,13 @@ def _tile_maxima(plan: _Plan, rows: _Rows, keys: _Keys) -> Float[Array, "L g r s
         number: Int[Array, ""], maxima: Float[Array, "L g r slots"]
     ) -> Float[Array, "L g r slots"]:
         tile = keys.tile(plan, rows.first_program, number)
-        raw = jnp.einsum("lgqh,lph->lgqp", rows.query, tile.key, preferred_element_type=dtype)
+        raw = jnp.einsum(
+            "lgqh,lph->lgqp",
+            rows.query,
+            tile.key,
+            precision=precision.exact(rows.query.dtype),
+            preferred_element_type=dtype,
+        )
         raw = jnp.where(_mask(plan, rows, tile), raw, -jnp.inf)
         peaks = raw.reshape(*raw.shape[:3], plan.keys.blocks_in_tile, -1).max(-1)
         # The largest product has the largest logit: one of each block is enough.

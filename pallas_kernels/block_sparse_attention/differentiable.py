@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import kernel_tables
+from pallas_kernels import kernel_tables, precision
 from pallas_kernels.block_sparse_attention.call import Call
 from pallas_kernels.block_sparse_attention.scores import Scores
 from pallas_kernels.kernel_tables import Lists, Segments, Tiling
@@ -169,7 +169,13 @@ def _with_gradients(backend: Backend, plan: Plan) -> Callable[..., tuple[Array, 
         *inputs, out, lse = residuals
         d_out, d_lse = cotangents
         is_empty = jnp.isneginf(lse)
-        products = jnp.einsum("btnh,btnh->bnt", d_out, out, preferred_element_type=lse.dtype)
+        products = jnp.einsum(
+            "btnh,btnh->bnt",
+            d_out,
+            out,
+            precision=precision.exact(out.dtype),
+            preferred_element_type=lse.dtype,
+        )
         shift = jnp.where(is_empty, 0, products - d_lse)
         lse = jnp.where(is_empty, jnp.inf, lse)
         grads = backward(*inputs, lse, shift, d_out)

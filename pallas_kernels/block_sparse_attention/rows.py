@@ -126,7 +126,8 @@ class Layout:
         blocks, heads = self.geometry.query_blocks, counts.shape[1]
         start = jnp.arange(blocks) * self.geometry.query_block_size
         start = self._per_row((start + block_mask.query_offset)[None, None])
-        head = jnp.broadcast_to(jnp.arange(heads)[None, :, None], (1, heads, blocks))
+        head = jnp.asarray(block_mask.head_numbers).reshape(-1, heads, 1)
+        head = jnp.broadcast_to(head, (len(head), heads, blocks))
         program = jnp.arange(len(start)) % self.programs
         tiles = self._per_row(tiles) + program[:, None] * self.geometry.key_blocks
         return Lists(self._per_row(counts), tiles, start, self._per_row(head))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import tiles
+from pallas_kernels import precision, tiles
 from pallas_kernels.block_sparse_attention.rows import Lists
 from pallas_kernels.block_sparse_attention.scores import Scores
 from pallas_kernels.rules import Rule
@@ -186,10 +186,15 @@ def _product(
     axes: tuple[int, int],
     dtype: jnp.dtype,
 ) -> Float[Array, "L A B"]:
-    """Matrix product over one axis of each, batched over the first."""
+    """Matrix product over one axis of each, batched over the first; exact for float32."""
     contract = ((axes[0],), (axes[1],))
-    dimensions = (contract, ((0,), (0,)))
-    return lax.dot_general(left, right, dimensions, preferred_element_type=dtype)
+    return lax.dot_general(
+        left,
+        right,
+        (contract, ((0,), (0,))),
+        precision=precision.exact(left.dtype),
+        preferred_element_type=dtype,
+    )
 
 
 def _in_groups(plan: Plan, rows: _Tree) -> _Tree:

@@ -110,20 +110,18 @@ class BlockSparseAttention(Attention):
         """The mask of this device's queries and heads."""
         mask = self._mask(num_queries, num_keys, shard.query_offset)
         pattern_heads = mask.kv_counts.shape[0]
-        if pattern_heads == 1 or num_heads == shard.num_heads:
+        if pattern_heads > 1 and num_heads < shard.num_heads:
+            first = shard.head_offset * pattern_heads // shard.num_heads
+            mask = mask.take_heads(first, pattern_heads * num_heads // shard.num_heads)
+        size, block_size = mask.query_block_size, self.rule().block_size
+        if mask.inner_rule is None or block_size is None:
             return mask
-        size = mask.query_block_size
-        block_size = self.rule().block_size or size
-        # A map of tiles says it all only where no tile crosses a block's border.
+        # A traced offset may be anything to a rule. Here it is a multiple of the queries: if
+        # no tile crosses a block's border, the tiles say it all, and fast kernels take them.
         if num_queries % size or block_size % size:
-            raise ConfigError(
-                f"mesh.context leaves {num_queries} queries to a device, which attention blocks "
-                f"of {block_size} tokens do not divide; take fewer devices or smaller blocks"
-            )
-        local_heads = pattern_heads * num_heads // shard.num_heads
-        first = shard.head_offset * pattern_heads // shard.num_heads
+            return mask
         return BlockMask.from_block_map(
-            jax.lax.dynamic_slice_in_dim(mask.block_map(), first, local_heads, axis=0),
+            mask.block_map(),
             num_queries,
             num_keys,
             size,

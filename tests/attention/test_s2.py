@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from pallas_kernels import block_sparse_attention
 from sparseformer_jax import registry
-from sparseformer_jax.attention import dense, s2
+from sparseformer_jax.attention import _block_sparse, dense, s2
 from tests.attention.comparison import (
     assert_masked_softmax,
     assert_same_on_mesh,
@@ -103,11 +104,31 @@ def test_each_device_has_its_own_heads_and_queries(sizes, changes):
 
 
 @pytest.mark.parametrize(("block_size", "num_tokens"), [(8, 24), (4, 24), (3, 16)])
-def test_a_device_needs_whole_blocks(block_size, num_tokens):
+def test_blocks_may_cross_devices(block_size, num_tokens):
     attention = make_attention("s2", options(block_size=block_size))
-    message = rf"mesh\.context leaves {num_tokens // 4} queries .* of {block_size} tokens"
-    with pytest.raises(ValueError, match=message):
-        assert_same_on_mesh(attention, {"tensor": 2, "context": 4}, num_tokens)
+    assert_same_on_mesh(attention, {"tensor": 2, "context": 4}, num_tokens)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"tensor": 2, "data": 4}, {"context": 4, "data": 2}, {"tensor": 2, "context": 2, "data": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("changes", [{}, {"homo_head": True}], ids=str)
+def test_kernels_take_what_a_device_attends_to(sizes, changes, monkeypatch):
+    """Whole blocks need no rule inside tiles, and whole sequences know where stripes stand."""
+    masks = []
+
+    def attend(query, key, value, block_mask, **limits):
+        masks.append(block_mask)
+        return block_sparse_attention(query, key, value, block_mask, **limits)
+
+    monkeypatch.setattr(_block_sparse, "block_sparse_attention", attend)
+    assert_same_on_mesh(make_attention("s2", options(**changes)), sizes, 32)
+    assert len(masks) == 2
+    for mask in masks:
+        assert mask.inner_rule is None
+        assert "context" in sizes or mask.rule is not None
 
 
 @pytest.mark.parametrize(

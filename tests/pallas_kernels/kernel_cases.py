@@ -132,13 +132,13 @@ def results(attend: Callable[[Call], tuple], call: Call, arrays: tuple | None = 
     return run(*(arrays or (call.query, call.key, call.value)))
 
 
-def expected(call: Call) -> tuple:
-    """Returns the results of `reference` in float64."""
+def expected(call: Call, attend: Callable[..., tuple] = reference.attend) -> tuple:
+    """Returns the results of `reference`, or of another function like it, in float64."""
     with jax.enable_x64(True):
         wide = [x.astype(jnp.float64) for x in (call.query, call.key, call.value)]
         names = ("query", "key", "value")
         call = dataclasses.replace(call, **dict(zip(names, wide, strict=True)))
-        return results(lambda call: reference.attend(call, Target("cpu")), call)
+        return results(lambda call: attend(call, Target("cpu")), call)
 
 
 def assert_agree(actual: tuple, truth: tuple, dtype: Any) -> None:

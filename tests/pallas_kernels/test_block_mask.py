@@ -158,6 +158,28 @@ def test_default_tiles_are_no_longer_than_the_tokens():
     assert (block_mask.query_block_size, block_mask.key_block_size) == (1, 256)
 
 
+@pytest.mark.parametrize("rule", ["strided", "strided_groups"])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_some_heads_show_what_they_showed(rule, problem):
+    queries, keys, *sizes, offset, is_causal, window, prefix = problem
+    block_mask = BlockMask.from_rule(
+        *(RULES[rule], queries, keys, *sizes),
+        is_causal=is_causal,
+        window_size=window,
+        prefix_length=prefix,
+        query_offset=offset,
+    )
+    everything = block_mask.to_dense()
+    heads = len(everything)
+    traced = jax.jit(lambda first: block_mask.take_heads(first, 2).to_dense())
+    for first in range(heads - 1):
+        taken = block_mask.take_heads(first, 2)
+        assert isinstance(taken.kv_counts, np.ndarray)
+        expected = everything[first : first + 2]
+        np.testing.assert_array_equal(taken.to_dense(), expected)
+        np.testing.assert_array_equal(traced(first), expected)
+
+
 def test_density_is_relative_to_dense_with_the_same_limits():
     dense = BlockMask.from_rule(Dense(), 100, 100, 8, 8, is_causal=True, window_size=20)
     assert dense.density() == 1
@@ -306,6 +328,14 @@ def test_no_table_grows_with_tokens():
         (
             lambda: BlockMask.from_block_map(np.ones((0, 1, 1), bool), 8, 8, 8, 8, is_causal=True),
             r"block_map has shape \(0, 1, 1\)",
+        ),
+        (
+            lambda: BlockMask.from_rule(Strided(4, 2, 4), 8, is_causal=True).take_heads(3, 2),
+            "first=3 and count=2 must lie within the 4 pattern heads",
+        ),
+        (
+            lambda: BlockMask.from_rule(Strided(4, 2, 4), 8, is_causal=True).take_heads(0, 0),
+            "count=0 must be at least 1",
         ),
     ],
 )

@@ -274,9 +274,18 @@ def test_vmap_over_arrays_and_masks_and_remat():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_shard_map_over_batch_and_heads():
+@pytest.mark.parametrize(
+    "block_mask",
+    [
+        lambda: causal_map((4, 5, 5), 40, 40, 8),
+        # The rule decides inside tiles, for the heads that a device has.
+        lambda: BlockMask.from_rule(Strided(5, 3, num_heads=4), 40, 40, 8, 8, is_causal=True),
+    ],
+    ids=["selected", "rule"],
+)
+def test_shard_map_over_batch_and_heads(block_mask):
     inputs = arrays(2, 40, 40, 4, 2, np.float32)
-    block_mask = causal_map((4, 5, 5), 40, 40, 8)
+    block_mask = block_mask()
     automatic = (jax.sharding.AxisType.Auto,) * 2
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=automatic)
     # Tables follow the heads, and all devices share the offset.

@@ -204,6 +204,36 @@ def test_band_and_gathered_stripes(name):
     assert_agrees(call, kernel_cases.results(in_parts, call))
 
 
+@pytest.mark.parametrize("name", ["heads", "segments"])
+@pytest.mark.parametrize("first", [0, 2])
+def test_stripes_of_the_heads_of_a_device(name, first):
+    """Which heads these are is traced there; the stripes are gathered all the same."""
+    call = kernel_cases.make(STRIPED[name])
+    query, key, value = (
+        jax.lax.slice_in_dim(x, first * x.shape[2] // 4, (first + 2) * x.shape[2] // 4, axis=2)
+        for x in (call.query, call.key, call.value)
+    )
+    own = dataclasses.replace(
+        call,
+        query=query,
+        key=key,
+        value=value,
+        block_mask=call.block_mask.take_heads(first, 2),
+    )
+
+    def in_parts(call, number):
+        block_mask = STRIPED[name].block_mask().take_heads(number, 2)
+        parts = strided.split(dataclasses.replace(call, block_mask=block_mask))
+        assert isinstance(parts.phases, jax.Array)
+        return strided.attend(parts, call, INTERPRETED)
+
+    @jax.jit
+    def run(number):
+        return kernel_cases.results(lambda call: in_parts(call, number), own)
+
+    assert_agrees(own, run(first))
+
+
 def test_gathered_keys_are_met_by_queries_of_their_segments():
     """A segment has a tile of gathered keys in each head, whatever its phase."""
     call = kernel_cases.make(Case(kernel_cases._rule(Strided(16, 4, 4), 512), heads=4, kv_heads=2))

@@ -17,11 +17,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels import tiles
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.call import Call
 from pallas_kernels.block_sparse_attention.pallas_tpu import lists, tile, tuning
 from pallas_kernels.rules import Strided
 from pallas_kernels.targets import Target
+
+_Phases = Int[np.ndarray, "L"] | Int[Array, "L"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,13 +34,14 @@ class Parts:
     Attributes:
         band: blocks of all keys.
         stripes: blocks of the gathered keys.
-        phases: the first block that is gathered for each head, L = max(Hp, K) of them.
+        phases: the first block that is gathered for each head, L = max(Hp, K) of them;
+            traced where a device holds some of the heads.
         rule: the pattern of the call.
     """
 
     band: BlockMask
     stripes: BlockMask
-    phases: Int[np.ndarray, "L"]
+    phases: _Phases
     rule: Strided
 
     def gathered(self, call: Call) -> Call:
@@ -60,8 +64,8 @@ class Parts:
 def split(call: Call) -> Parts | None:
     """Returns the parts of a call with absolute stripes; None where they do not apply.
 
-    They need a causal rule whose lists are known on the host, no window, and queries
-    that start at a block and end no later than the keys.
+    They need a causal rule, no window, and queries that are known on the host to start at
+    a block and end no later than the keys.
     """
     rule = _rule(call)
     if rule is None:
@@ -69,19 +73,19 @@ def split(call: Call) -> Parts | None:
     size, stride = rule.block_size, rule.stride
     queries, keys = call.block_mask.query_length, call.block_mask.key_length
     offset = int(call.block_mask.query_offset)
-    heads = np.arange(rule.pattern_heads)
+    heads = call.block_mask.head_numbers
     query_block = (np.arange(-(-queries // size)) + offset // size)[:, None]
     key_block = np.arange(-(-keys // size))
-    is_dense = (heads >= len(heads) - rule.dense_heads)[:, None, None]
+    is_dense = np.zeros((1, 1, 1), bool)
+    if rule.dense_heads:
+        is_dense = (heads >= rule.pattern_heads - rule.dense_heads)[:, None, None]
     is_near = query_block - key_block < rule.left
-    # One pattern for all heads, unless some are dense.
-    band = (is_near | is_dense)[: len(heads) if rule.dense_heads else 1]
-    phases = _phases(rule)
+    phases = tiles.namespace(heads).asarray(_phases(rule))[heads]
     gathered = phases[:, None, None] + np.arange(-(-len(key_block) // stride)) * stride
     staircase = (gathered <= query_block - rule.left) & ~is_dense
     return Parts(
         BlockMask.from_block_map(
-            band, queries, keys, size, size, is_causal=True, query_offset=offset
+            is_near | is_dense, queries, keys, size, size, is_causal=True, query_offset=offset
         ),
         BlockMask.from_block_map(
             staircase,
@@ -122,9 +126,10 @@ def attend(
 
 def _rule(call: Call) -> Strided | None:
     block_mask, rule = call.block_mask, call.block_mask.rule
-    arrays = (block_mask.kv_counts, block_mask.query_offset)
-    is_known = all(isinstance(array, np.ndarray) for array in arrays)
+    is_known = isinstance(block_mask.query_offset, np.ndarray)
     if not isinstance(rule, Strided) or rule.stripes != "absolute" or not is_known:
+        return None
+    if block_mask.head_numbers.ndim > 1:
         return None
     geometry = block_mask.geometry
     is_plain = geometry.is_causal and not geometry.prefix_length and not geometry.is_anticausal
@@ -143,11 +148,11 @@ def _phases(rule: Strided) -> Int[np.ndarray, "Hp"]:
 
 
 def _gather(
-    array: Shaped[Array, "B S K H"], phases: Int[np.ndarray, "L"], rule: Strided
+    array: Shaped[Array, "B S K H"], phases: _Phases, rule: Strided
 ) -> Shaped[Array, "B P L H"]:
     """Returns the blocks phase, phase + stride, ... of every head, K of which serve L.
 
-    Splits, unlike indices, have a transpose that adds nothing up.
+    Splits and slices, unlike indices, have a transpose that adds nothing up.
     """
     batch, length, kv_heads, head_dim = array.shape
     size, stride = rule.block_size, rule.stride
@@ -158,8 +163,8 @@ def _gather(
         lax.split(blocks, [1] * kv_heads, axis=4), phases.reshape(kv_heads, -1), strict=True
     )
     gathered = [
-        lax.split(head, (phase, 1, stride - phase - 1), axis=2)[1]
+        lax.dynamic_slice_in_dim(head, phase, 1, axis=2)
         for head, phases in by_head
-        for phase in phases.tolist()
+        for phase in phases
     ]
     return jnp.concatenate(gathered, axis=4).reshape(batch, -1, len(gathered), head_dim)

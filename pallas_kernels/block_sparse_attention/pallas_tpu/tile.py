@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
+from pallas_kernels import precision
 from pallas_kernels.block_sparse_attention.differentiable import Plan
 from pallas_kernels.block_sparse_attention.pallas_tpu.walk import Here, divided
 from pallas_kernels.kernel_tables import Tiling
@@ -22,12 +23,11 @@ def product(
 ) -> Float[Array, "m n"]:
     """Returns left @ right, or left @ right', in float32 and exact for float32."""
     contracted = 1 if transposed else 0
-    is_wide = left.dtype == jnp.float32
     return lax.dot_general(
         left,
         right,
         (((1,), (contracted,)), ((), ())),
-        precision=lax.Precision.HIGHEST if is_wide else lax.Precision.DEFAULT,
+        precision=precision.exact(left.dtype),
         preferred_element_type=jnp.float32,
     )
 
