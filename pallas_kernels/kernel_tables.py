@@ -7,7 +7,9 @@ of any size. Segments fold in here too: tiles whose segments cannot meet are not
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -136,17 +138,23 @@ def _tile_bits(
         key_block_size=tiling.key_tile,
     )
     granules = _granule_map(block_mask, tiling, geometry)
-    order = np.arange(tiling.query_granules * tiling.key_granules, dtype=np.uint32)
-    weights = (np.uint32(1) << order).view(np.int32)
+    weights = np.uint32(1) << np.arange(
+        tiling.query_granules * tiling.key_granules, dtype=np.uint32
+    )
     weights = weights.reshape(tiling.query_granules, tiling.key_granules).T
     xp = tiles.namespace(granules)
-    # No two entries share a bit: their sum is their union, in two's complement.
-    bits = xp.where(granules, weights[..., None, None, None, None], np.int32(0))
-    bits = bits.sum((0, 1), dtype=np.int32)
+    # One at a time: together they would be as many words as there are granules.
+    bits = functools.reduce(
+        operator.or_,
+        (
+            xp.where(granules[place], weights[place].view(np.int32), np.int32(0))
+            for place in np.ndindex(weights.shape)
+        ),
+    )
     offset = block_mask.query_offset
     offset = offset if xp is np else jnp.asarray(offset)
     active, whole, _ = tiles.rule_tiles(Dense(), geometry, offset)
-    is_full = granules.all((0, 1)) & whole
+    is_full = (bits == weights.sum(dtype=np.uint32).view(np.int32)) & whole
     listed = (bits != 0) & active
     if segments is not None:
         may_meet, are_one = segment_tiles(segments, tiling)
