@@ -34,6 +34,8 @@ def rule(rule, *lengths, **limits):
 
 
 def block_map(*shape, size, **limits):
+    limits = {"is_causal": False} | limits
+
     def build():
         given = np.random.default_rng(1).random(shape) < 0.6
         given[..., -1, :] = False
@@ -53,6 +55,13 @@ INTERPRETED_CASES = {
     ),
     "window, pattern per query head": Case(
         block_map(2, 6, 6, size=32, is_causal=True, window_size=75), dtype=jnp.float16
+    ),
+    "heads of a group side by side, pattern per group": Case(
+        block_map(2, 4, 5, size=64, is_causal=True),
+        heads=8,
+        kv_heads=2,
+        segments=2,
+        dtype=jnp.bfloat16,
     ),
     "wide tiles, long lists, negative scale": Case(
         rule(Dense(), 250, 700, is_causal=False), heads=1, scale=-0.1, dtype=jnp.bfloat16
@@ -224,6 +233,24 @@ def test_refuses_where_mosaic_cannot_be_imported(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("size", "patterns", "tile", "heads", "takes_turns"),
+    [
+        (64, 2, 64, 2, True),  # two heads of a group have one list
+        (64, 1, 64, 2, True),
+        (64, 4, 128, 1, False),  # each its own: 128 rows meet what either half wants
+        (128, 2, 128, 1, True),
+    ],
+)
+def test_warpgroups_share_a_list(size, patterns, tile, heads, takes_turns):
+    case = Case(block_map(patterns, 5, 5, size=size), heads=4, kv_heads=2, dtype=jnp.bfloat16)
+    plan = mosaic_gpu.plans(kernel_cases.make(case), HOPPER)[0]
+    assert plan.forward.query_tile == plan.d_query.query_tile == tile
+    options = plan.options
+    assert options.forward_heads == options.d_query_heads == heads
+    assert options.takes_turns == takes_turns
+
+
+@pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [(64, "float32"), (128, "float32"), *((h, "bfloat16") for h in (64, 80, 128, 192, 256))],
 )
@@ -232,17 +259,18 @@ def test_plans_fit_shared_memory(head_dim, dtype):
     call = kernel_cases.make(case)
     plans = mosaic_gpu.plans(call, HOPPER)
     assert len(set(plans)) == len(plans) > 1
-    sizes = tuning.tiles(head_dim, call.query.dtype, call.block_mask)
+    sizes = tuning.tiles(call)
     assert sizes == tuple((t.query_tile, t.key_tile) for t in tilings(plans[0]))
     row = (6 if dtype == "float32" else 2) * (-(-head_dim // 64) * 64)
     for plan in plans:
-        _, *stages = dataclasses.astuple(plan.options)
+        options = plan.options
+        stages = (options.forward_stages, options.d_query_stages, options.d_key_stages)
         # float32 may leave room for no more than one.
         assert all((1 if dtype == "float32" else 2) <= n <= 4 for n in stages)
         forward, d_query, d_key = tilings(plan)
         tokens = (
-            forward.query_tile + 2 * stages[0] * forward.key_tile,
-            2 * d_query.query_tile + 2 * stages[1] * d_query.key_tile,
+            options.forward_heads * forward.query_tile + 2 * stages[0] * forward.key_tile,
+            2 * options.d_query_heads * d_query.query_tile + 2 * stages[1] * d_query.key_tile,
             2 * d_key.key_tile + 2 * stages[2] * d_key.query_tile,
         )
         assert max(tokens) * row <= 227 * 1024

@@ -28,7 +28,7 @@ def refusal(call: Call, target: Target) -> str | None:
     reason = machine_refusal(call.query, target)
     if reason is not None:
         return reason
-    for sizes in tuning.tiles(call.query.shape[-1], call.query.dtype, call.block_mask):
+    for sizes in tuning.tiles(call):
         reason = kernel_tables.refusal(call.block_mask, *sizes)
         if reason is not None:
             return reason

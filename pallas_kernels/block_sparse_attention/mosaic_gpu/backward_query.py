@@ -42,7 +42,8 @@ def query_gradient(
     """
     batch, (_, length, heads, head_dim) = statistics.shape[0], query.shape
     tiling, count = plan.d_query, plan.options.pieces
-    warpgroups = tiling.query_tile // ROWS
+    packed = plan.options.d_query_heads
+    warpgroups = packed * tiling.query_tile // ROWS
     tile = (count, tiling.key_tile, head_dim)
     ring = Ring.scratch(plan.options.d_query_stages, tile, key.dtype, warpgroups)
     resident = tile_scratch((warpgroups, count, ROWS, head_dim), query.dtype)
@@ -60,7 +61,7 @@ def query_gradient(
             ring,
             ring,
         ),
-        grid=(batch, heads, length // tiling.query_tile),
+        grid=(batch, heads // packed, length // tiling.query_tile),
         compute_warpgroups=warpgroups,
     )
     return gradient
@@ -81,15 +82,17 @@ def _kernel(
     query_ref, key_ref, value_ref, d_out_ref, statistics_ref = arrays
     (gradient_ref,) = outputs
     tiling, heads, count = plan.d_query, query_ref.shape[2], plan.options.pieces
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    parts, packed = tiling.query_tile // ROWS, plan.options.d_query_heads
+    batch, first_head = lax.axis_index("batch"), lax.axis_index("head") * packed
     # Under causality the last tiles have the longest lists: they start first.
     tile = query_ref.shape[1] // tiling.query_tile - 1 - lax.axis_index("tile")
-    entries = Entries.of(mask.lists, batch, head, heads, tile)
+    entries = Entries.of(mask.lists, batch, first_head, heads, tile)
     keys, values = Ring(*keys), Ring(*values)
 
     def compute(index: _Number) -> None:
         warpgroup = Warpgroup(bool(plan.target.interpret))
-        rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, True), mask, batch, tile, index)
+        head, part = kernels.head_and_part(first_head, index, parts)
+        rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, True), mask, batch, tile, part)
         place = pl.ds(rows.start, ROWS)
         own, d_out = (rings.pieces_of(buffer, index) for buffer in (queries, d_outs))
         for ref, target in ((query_ref, own), (d_out_ref, d_out)):
@@ -104,7 +107,7 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
-        kv_head = lax.div(head, jnp.int32(heads // key_ref.shape[2]))
+        kv_head = lax.div(first_head, jnp.int32(heads // key_ref.shape[2]))
 
         def copy(number: _Number, tile: _Number) -> None:
             place = (batch, pl.ds(tile * tiling.key_tile, tiling.key_tile), kv_head)
@@ -115,7 +118,7 @@ def _kernel(
         keys.drain(steps)
         values.drain(steps)
 
-    kernels.by_role(compute, produce, tiling.query_tile // ROWS)
+    kernels.by_role(compute, produce, packed * parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,8 @@ def attention(
     count = plan.options.pieces
     batch, (_, length, heads, head_dim) = query.shape[0] // count, query.shape
     tiling, stages = plan.forward, plan.options.forward_stages
-    warpgroups = tiling.query_tile // ROWS
+    packed = plan.options.forward_heads
+    warpgroups = packed * tiling.query_tile // ROWS
     ring = Ring.scratch(stages, (count, tiling.key_tile, head_dim), key.dtype, warpgroups)
     out, lse = kernels.launch(
         lambda *refs: _kernel(plan, *refs),
@@ -59,7 +60,7 @@ def attention(
             ring,
             plgpu.Barrier(num_arrivals=warpgroups),
         ),
-        grid=(batch, heads, length // tiling.query_tile),
+        grid=(batch, heads // packed, length // tiling.query_tile),
         compute_warpgroups=warpgroups,
     )
     return out, lse
@@ -81,22 +82,24 @@ def _kernel(
     query_ref, key_ref, value_ref = arrays
     out_ref, lse_ref = outputs
     tiling, heads, count = plan.forward, query_ref.shape[2], plan.options.pieces
-    warpgroups = tiling.query_tile // ROWS
-    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    parts, packed = tiling.query_tile // ROWS, plan.options.forward_heads
+    batch, first_head = lax.axis_index("batch"), lax.axis_index("head") * packed
     # Under causality the last tiles have the longest lists: they start first.
     tile = query_ref.shape[1] // tiling.query_tile - 1 - lax.axis_index("tile")
-    entries = Entries.of(mask.lists, batch, head, heads, tile)
+    entries = Entries.of(mask.lists, batch, first_head, heads, tile)
     keys, values = Ring(*keys), Ring(*values)
 
     def compute(index: _Number) -> None:
         warpgroup = Warpgroup(bool(plan.target.interpret))
-        rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, True), mask, batch, tile, index)
+        head, part = kernels.head_and_part(first_head, index, parts)
+        rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, True), mask, batch, tile, part)
         place = pl.ds(rows.start, ROWS)
         own = rings.pieces_of(queries, index)
         source = pieces.places(query_ref, count, batch, place, head)
         rings.load(source, own, queries_ready.at[index])
         plgpu.barrier_wait(queries_ready.at[index])
-        step = _Step(plan, rows, own, keys, values, Turns.of(turns, index, warpgroups))
+        has_turns = plan.options.takes_turns and packed * parts > 1
+        step = _Step(plan, rows, own, keys, values, Turns(turns if has_turns else None, index))
         total, running = step.over(entries)
         scale, logs = running.finish()
         warpgroup.store(total * along_rows(scale, total.shape[1]), own)
@@ -107,7 +110,7 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:
-        kv_head = lax.div(head, jnp.int32(heads // key_ref.shape[2]))
+        kv_head = lax.div(first_head, jnp.int32(heads // key_ref.shape[2]))
 
         def copy(number: _Number, tile: _Number) -> None:
             place = (batch, pl.ds(tile * tiling.key_tile, tiling.key_tile), kv_head)
@@ -118,7 +121,7 @@ def _kernel(
         keys.drain(steps)
         values.drain(steps)
 
-    kernels.by_role(compute, produce, warpgroups)
+    kernels.by_role(compute, produce, packed * parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,17 +139,12 @@ class Turns:
     """Lets two warpgroups alternate: one multiplies while the other does its softmax.
 
     Attributes:
-        barrier: passed when both have arrived; None when there is one warpgroup.
+        barrier: passed when both have arrived; None when nobody waits.
         index: of this warpgroup.
     """
 
     barrier: Any
     index: _Number
-
-    @staticmethod
-    def of(barrier: Any, index: _Number, warpgroups: int) -> "Turns":
-        """Returns the turns of one of several warpgroups."""
-        return Turns(barrier if warpgroups > 1 else None, index)
 
     def begin(self) -> None:
         """Lets the second warpgroup start half a step later."""
@@ -175,6 +170,12 @@ class Turns:
         """Waits until the other has arrived as often."""
         if self.barrier is not None:
             plgpu.barrier_wait(self.barrier)
+
+
+def head_and_part(first_head: _Number, index: _Number, parts: int) -> tuple[_Number, _Number]:
+    """Returns a warpgroup's query head, and which 64 rows of the tile it has."""
+    size = jnp.int32(parts)
+    return first_head + lax.div(index, size), lax.rem(index, size)
 
 
 def entry_of_batch(ref: Any, batch: _Number) -> _Number:

@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import kernel_tables
-from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.block_sparse_attention.call import Call
 from pallas_kernels.block_sparse_attention.differentiable import Plan
 from pallas_kernels.block_sparse_attention.mosaic_gpu import pieces
@@ -27,22 +26,32 @@ _SHARED_BYTES = 224 * 1024
 _MOST_STAGES = 4
 BYTES = 2
 """Of a number in a piece, bfloat16 or float16."""
+ROWS = 64
+"""Rows of a product that one warpgroup computes."""
 
 Tiles = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How arrays are cut, and the depths of the rings that TMA fills.
+    """How arrays are cut, who works on what, and the depths of the rings that TMA fills.
 
     Attributes:
         pieces: arrays of 16 bits whose sum an array is.
+        forward_heads: query heads of a block of the forward kernel's grid, which have one
+            list: each warpgroup computes the same rows of another head.
+        d_query_heads: the same in the kernel for dQ.
+        takes_turns: whether the warpgroups of the forward kernel work in step: where
+            each may have entries that the other skips, they would wait for nothing.
         forward_stages: key and value tiles in flight.
         d_query_stages: the same in the kernel for dQ.
         d_key_stages: query and dO tiles in flight in the kernel for dK and dV.
     """
 
     pieces: int
+    forward_heads: int
+    d_query_heads: int
+    takes_turns: bool
     forward_stages: int
     d_query_stages: int
     d_key_stages: int
@@ -53,34 +62,39 @@ def largest_head(dtype: Any) -> int:
     return _LARGEST_FLOAT32_HEAD if dtype == jnp.float32 else _LARGEST_HEAD
 
 
-def tiles(head_dim: int, dtype: Any, block_mask: BlockMask) -> Tiles:
+def tiles(call: Call) -> Tiles:
     """Returns (query, key) tiles of the forward kernel, that for dQ and that for dK, dV.
 
     A warpgroup has 64 rows, of queries in the first two and of keys in the third. Its
     registers hold sums of 64 x H, two of them for dK and dV, and one or two tiles of
     scores. Beyond H = 128 that is one sum per warpgroup, so that two of them share 64
     keys. float32 fills the shared memory with a third of the numbers.
+
+    Two warpgroups share the keys of 128 queries, or of 64 queries of two heads where
+    heads have one list and blocks are smaller: neighbours may have nothing in common.
     """
-    head = padded(head_dim)
+    dtype, block_mask = call.query.dtype, call.block_mask
+    head, geometry = padded(call.query.shape[-1]), block_mask.geometry
+    forward_rows, d_query_rows = _rows(call)
+    if _shares_lists(call) and geometry.query_blocks > 1 and geometry.query_block_size % 128:
+        forward_rows, d_query_rows = ROWS, ROWS
     if dtype == jnp.float32:
-        rows = 128 if head == 64 else 64
-        return (128, 64), (rows, 64), (64, rows)
+        return (forward_rows, 64), (d_query_rows, 64), (64, 128 if head == 64 else 64)
     # Key tiles wider than the blocks would mostly compute what is masked.
-    whole = block_mask.geometry.key_blocks == 1 or block_mask.key_block_size % 128 == 0
-    forward = (128, 128 if head <= 128 and whole else 64)
-    d_query = (128 if head <= 192 else 64, 64)
-    return forward, d_query, (64, 128 if head <= 128 else 64)
+    whole = geometry.key_blocks == 1 or block_mask.key_block_size % 128 == 0
+    forward = (forward_rows, 128 if head <= 128 and whole else 64)
+    return forward, (d_query_rows, 64), (64, 128 if head <= 128 else 64)
 
 
 def plans(call: Call, target: Target) -> tuple[Plan, ...]:
     """Returns the plans of a call that there are, the default first."""
     head, block_mask = padded(call.query.shape[-1]), call.block_mask
-    default = forward, d_query, d_key = tiles(head, call.query.dtype, block_mask)
+    default = forward, d_query, d_key = tiles(call)
     choices = [default]
-    for query_tile, key_tile in ((128, 128), (128, 64), (64, 64)):
+    for query_tile, key_tile in ((128, 128), (128, 64), (64, 128), (64, 64)):
         if head <= 128 or key_tile == 64:
             choices.append(((query_tile, key_tile), d_query, d_key))
-    choices.append((forward, (64, 64), d_key))
+    choices += [(forward, (rows, 64), d_key) for rows in {ROWS, _rows(call)[1]}]
     possible = (
         _plan(call, target, choice)
         for choice in choices
@@ -89,18 +103,41 @@ def plans(call: Call, target: Target) -> tuple[Plan, ...]:
     return tuple(dict.fromkeys(plan for plan in possible if _fits(plan)))
 
 
+def _rows(call: Call) -> tuple[int, int]:
+    """Returns rows of queries in a block of the forward kernel's grid, and of that for dQ."""
+    head = padded(call.query.shape[-1])
+    most = 64 if call.query.dtype == jnp.float32 else 192
+    return 128, 128 if head <= most else 64
+
+
+def _shares_lists(call: Call) -> bool:
+    """Returns whether each two query heads have keys, values and a list in common."""
+    heads, kv_heads = call.query.shape[2], call.key.shape[2]
+    patterns = call.block_mask.kv_counts.shape[-2]
+    return heads // max(kv_heads, patterns) % 2 == 0
+
+
 def _plan(call: Call, target: Target, choice: Tiles) -> Plan:
-    forward, d_query, d_key = (Tiling.of(call.block_mask, *sizes) for sizes in choice)
+    block_mask = call.block_mask
+    forward, d_query, d_key = (Tiling.of(block_mask, *sizes) for sizes in choice)
     count = pieces.count(call.query.dtype)
     row = BYTES * count * padded(call.query.shape[-1])
+    shared = _shares_lists(call)
+    forward_heads, d_query_heads = (
+        rows // tiling.query_tile if shared else 1
+        for rows, tiling in zip(_rows(call), (forward, d_query), strict=True)
+    )
+    is_free = block_mask.rule is None and block_mask.query_block_size % forward.query_tile > 0
     options = Options(
         count,
-        stages(forward.query_tile * row, 2 * forward.key_tile * row),
-        stages(2 * d_query.query_tile * row, 2 * d_query.key_tile * row),
+        forward_heads,
+        d_query_heads,
+        forward_heads > 1 or not is_free,
+        stages(forward_heads * forward.query_tile * row, 2 * forward.key_tile * row),
+        stages(2 * d_query_heads * d_query.query_tile * row, 2 * d_query.key_tile * row),
         stages(2 * d_key.key_tile * row, 2 * d_key.query_tile * row),
     )
-    geometry = call.block_mask.geometry
-    return Plan(geometry, forward, d_query, d_key, call.scores, target, options)
+    return Plan(block_mask.geometry, forward, d_query, d_key, call.scores, target, options)
 
 
 def _fits(plan: Plan) -> bool:

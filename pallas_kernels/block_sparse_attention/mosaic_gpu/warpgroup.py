@@ -17,9 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.mosaic_gpu import pieces
-
-ROWS = 64
-"""Rows of a product that one warpgroup computes."""
+from pallas_kernels.block_sparse_attention.mosaic_gpu.tuning import ROWS
 
 Tile = tuple[Any, ...]
 """References to the pieces of a matrix in shared memory, see `pieces`."""
