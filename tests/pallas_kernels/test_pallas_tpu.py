@@ -53,6 +53,46 @@ def test_agrees_with_reference(name):
     assert_agrees(call, kernel_cases.results(attend, call))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense_longer_keys",
+        "random_ragged",
+        "pattern_per_batch",
+        "prefix",
+        "segments",
+        "head_dim_80",
+    ],
+)
+def test_heads_with_one_list_side_by_side(name):
+    call = kernel_cases.make(CASES[name])
+
+    def side_by_side(call):
+        return lists.run(lists.plan(call, INTERPRETED, TILES, heads=2), call)
+
+    assert_agrees(call, kernel_cases.results(side_by_side, call))
+
+
+@pytest.mark.parametrize("heads", [8, 2])
+def test_heads_of_a_group_share_tiles_where_neighbours_differ(heads):
+    """Tiles of many blocks of 64 skip nothing where a tenth of them is kept at random."""
+    block_map = np.random.default_rng(0).random((2, 128, 128)) < 0.1
+    sizes = (8192, 8192, 64, 64)
+    selected = BlockMask.from_block_map(block_map, *sizes, is_causal=True)
+    traced = jax.eval_shape(
+        lambda indices: BlockMask.from_top_k(indices, *sizes, is_causal=True),
+        jax.ShapeDtypeStruct((2, 128, 12), jnp.int32),
+    )
+    arrays = [jnp.zeros((1, 8192, n, 64), jnp.bfloat16) for n in (heads, 2, 2)]
+    call = dataclasses.replace(
+        _call(selected), **dict(zip(("query", "key", "value"), arrays, strict=True))
+    )
+    for block_mask in (selected, traced):
+        choice = tuning.choose(dataclasses.replace(call, block_mask=block_mask))
+        assert choice.heads == heads // 2
+        assert heads == 2 or choice.tiles == (64, 128)
+
+
 @pytest.mark.parametrize("name", ["pattern_per_query_head", "segments"])
 def test_agrees_in_simulated_memory(name):
     """Buffers start as NaN there, and reading beyond an array is an error."""

@@ -40,20 +40,22 @@ def _d_query(
     lse: Float[Array, "B N T"],
     shift: Float[Array, "B N T"],
 ) -> Float[Array, "B T N H"]:
-    tiling = plan.d_query
+    tiling, packed = plan.d_query, plan.options.heads
     batch, _, heads, head_dim = query.shape
+    rows = packed * tiling.query_tile
     walk = Walk(
         name="block_sparse_attention_d_query",
         target=plan.target,
         batch=batch,
-        heads=heads,
-        group=heads // key.shape[2],
+        heads=heads // packed,
+        group=heads // packed // key.shape[2],
         rows_are="queries",
         tiles=key.shape[1] // tiling.key_tile,
     )
     inputs = operands(
         tiling,
         "queries",
+        heads=packed,
         queries=[query, d_out],
         keys=[key, value],
         statistics=[lse, shift],
@@ -64,10 +66,10 @@ def _d_query(
         flat.single(tables.d_query),
         tables.query_offset,
         inputs,
-        [jax.ShapeDtypeStruct((tiling.query_tile, head_dim), query.dtype)],
-        [(tiling.query_tile, n) for n in (tile.LANES, tile.LANES, head_dim)],
+        [jax.ShapeDtypeStruct((rows, head_dim), query.dtype)],
+        [(rows, n) for n in (tile.LANES, tile.LANES, head_dim)],
     )
-    return joined(d_query)
+    return joined(d_query, packed)
 
 
 def _d_query_kernel(
@@ -121,9 +123,9 @@ def _d_key_value(
     lse: Float[Array, "B N T"],
     shift: Float[Array, "B N T"],
 ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    tiling = plan.d_key
+    tiling, packed = plan.d_key, plan.options.heads
     batch, _, kv_heads, head_dim = key.shape
-    group = query.shape[2] // kv_heads
+    group = query.shape[2] // packed // kv_heads
     lists, shared = _lists_by_key_head(tables.d_key, kv_heads)
     walk = Walk(
         name="block_sparse_attention_d_key_value",
@@ -138,6 +140,7 @@ def _d_key_value(
     inputs = operands(
         tiling,
         "keys",
+        heads=packed,
         queries=[query, d_out],
         keys=[key, value],
         statistics=[lse, shift],

@@ -9,7 +9,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
 from pallas_kernels.block_sparse_attention.pallas_tpu import flat, tile
-from pallas_kernels.block_sparse_attention.pallas_tpu.operands import joined, operands
+from pallas_kernels.block_sparse_attention.pallas_tpu.operands import (
+    joined,
+    joined_statistics,
+    operands,
+)
 from pallas_kernels.block_sparse_attention.pallas_tpu.walk import Here, Walk
 
 
@@ -21,19 +25,25 @@ def forward(
     tables: Tables,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns (out, lse), see `differentiable.Backend`."""
-    tiling = plan.forward
-    batch, length, heads, head_dim = query.shape
+    tiling, packed = plan.forward, plan.options.heads
+    batch, _, heads, head_dim = query.shape
+    rows = packed * tiling.query_tile
     walk = Walk(
         name="block_sparse_attention_forward",
         target=plan.target,
         batch=batch,
-        heads=heads,
-        group=heads // key.shape[2],
+        heads=heads // packed,
+        group=heads // packed // key.shape[2],
         rows_are="queries",
         tiles=key.shape[1] // tiling.key_tile,
     )
     inputs = operands(
-        tiling, "queries", queries=[query], keys=[key, value], segments=tables.segments
+        tiling,
+        "queries",
+        heads=packed,
+        queries=[query],
+        keys=[key, value],
+        segments=tables.segments,
     )
     out, lse = walk.run(
         lambda *refs: _kernel(plan, *refs),
@@ -41,12 +51,12 @@ def forward(
         tables.query_offset,
         inputs,
         [
-            jax.ShapeDtypeStruct((tiling.query_tile, head_dim), query.dtype),
-            jax.ShapeDtypeStruct((1, tiling.query_tile), jnp.float32),
+            jax.ShapeDtypeStruct((rows, head_dim), query.dtype),
+            jax.ShapeDtypeStruct((1, rows), jnp.float32),
         ],
-        [(tiling.query_tile, n) for n in (tile.LANES, tile.LANES, head_dim)],
+        [(rows, n) for n in (tile.LANES, tile.LANES, head_dim)],
     )
-    return joined(out), lse.reshape(batch, heads, length)
+    return joined(out, packed), joined_statistics(lse, packed)
 
 
 def _kernel(plan: Plan, here: Here, query: Any, key: Any, value: Any, *rest: Any) -> None:

@@ -27,10 +27,10 @@ def attend(call: Call, target: Target) -> tuple[Float[Array, "B T N H"], Float[A
 def plans(call: Call, target: Target) -> tuple[Plan, ...]:
     """Returns plans with the tiles of least estimated cost, the best first."""
     best = tuning.choices(call)[:_MOST_PLANS]
-    return tuple(plan(call, target, [choice.tiles] * 3) for choice in best)
+    return tuple(plan(call, target, [choice.tiles] * 3, choice.heads) for choice in best)
 
 
-def plan(call: Call, target: Target, tiles: Sequence[tuple[int, int]]) -> Plan:
+def plan(call: Call, target: Target, tiles: Sequence[tuple[int, int]], heads: int = 1) -> Plan:
     """Returns the plan of a call.
 
     Args:
@@ -38,9 +38,11 @@ def plan(call: Call, target: Target, tiles: Sequence[tuple[int, int]]) -> Plan:
         target: the machine.
         tiles: tokens in a query and a key tile of the forward kernel, of that for dQ,
             and of that for dK and dV.
+        heads: query heads with one list that lie side by side in a query tile.
     """
     forward, d_query, d_key = (Tiling.of(call.block_mask, *sizes) for sizes in tiles)
-    return Plan(call.block_mask.geometry, forward, d_query, d_key, call.scores, target)
+    geometry, options = call.block_mask.geometry, tuning.Options(heads)
+    return Plan(geometry, forward, d_query, d_key, call.scores, target, options)
 
 
 def run(plan: Plan, call: Call) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:

@@ -44,10 +44,12 @@ def visible(
 
     segments are ids of the queries and of the keys, in shapes that broadcast.
     """
-    sizes = (tiling.query_tile, tiling.key_tile)
+    sizes = (plan.options.heads * tiling.query_tile, tiling.key_tile)
     axes = (1, 0) if keys_first else (0, 1)
     shape = tuple(sizes[axis] for axis in axes)
-    query, key = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in axes)
+    row, key = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in axes)
+    # The heads of a tile have the same queries.
+    query = row - divided(row, tiling.query_tile) * tiling.query_tile
     query_tile, key_tile = (here.tile, here.row) if keys_first else (here.row, here.tile)
     position = query_tile * tiling.query_tile + query + here.query_offset
     key_position = key_tile * tiling.key_tile + key

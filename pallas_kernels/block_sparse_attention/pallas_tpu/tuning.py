@@ -35,11 +35,19 @@ _ROW_UNIT = 8
 SMALLEST = (_QUERY_UNIT, _KEY_UNIT)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What else the kernels are told: query heads with one list, side by side in a tile."""
+
+    heads: int
+
+
 class Choice(NamedTuple):
-    """Tile sizes, and an estimate of the time in pairs of a query and a key."""
+    """Tile sizes, heads in a query tile, an estimate of the time in pairs of a query and a key."""
 
     query_tile: int
     key_tile: int
+    heads: int
     cost: int
 
     @property
@@ -57,7 +65,7 @@ def choices(call: Call) -> list[Choice]:
     """Returns the tiles that can take the mask of a call, the best first.
 
     A mask whose lists are known on the host is counted. Of one whose lists are traced,
-    every tile is expected to be listed.
+    blocks are expected to be listed at random, as many as there is room for.
     """
     block_mask = call.block_mask
     geometry = block_mask.geometry
@@ -67,21 +75,39 @@ def choices(call: Call) -> list[Choice]:
         _sizes(geometry.query_length, block, _QUERY_UNIT, largest),
         _sizes(geometry.key_length, geometry.key_block_size, _KEY_UNIT, largest),
     )
-    possible = [pair for pair in pairs if kernel_tables.refusal(block_mask, *pair) is None]
+    possible = [
+        (*pair, heads)
+        for pair in pairs
+        for heads in _heads_with_one_list(call)
+        if (heads == 1 or heads * pair[0] <= largest)
+        and kernel_tables.refusal(block_mask, *pair) is None
+    ]
     # Tiny tiles never win where there are larger ones, and take long to count; nor do
     # halves of what lies within a block, which have the same list twice.
     least = max(map(math.prod, possible), default=0) // 16
     possible = [
-        (query_tile, key_tile)
-        for query_tile, key_tile in possible
-        if query_tile * key_tile >= least
-        and ((2 * query_tile, key_tile) not in possible or block % (2 * query_tile))
+        (query_tile, key_tile, heads)
+        for query_tile, key_tile, heads in possible
+        if query_tile * key_tile * heads >= least
+        and ((2 * query_tile, key_tile, heads) not in possible or block % (2 * query_tile))
     ]
-    count = _counter(block_mask)
+    count = functools.cache(_counter(block_mask))
     programs = call.query.shape[0] * call.query.shape[2]
-    found = [Choice(*pair, int(programs * count(*pair) * _time(*pair))) for pair in possible]
+
+    def cost(query_tile: int, key_tile: int, heads: int) -> int:
+        tiles = programs // heads * count(query_tile, key_tile)
+        return int(tiles * _time(heads * query_tile, key_tile))
+
+    found = [Choice(*sizes, cost(*sizes)) for sizes in possible]
     # The larger of equals.
     return sorted(reversed(found), key=lambda choice: choice.cost)
+
+
+def _heads_with_one_list(call: Call) -> list[int]:
+    """Returns how many query heads of a group may share a tile: divisors of those alike."""
+    lists = max(call.key.shape[2], call.block_mask.kv_counts.shape[-2])
+    alike = call.query.shape[2] // lists
+    return [heads for heads in range(1, alike + 1) if alike % heads == 0]
 
 
 def _time(query_tile: int, key_tile: int) -> int:
@@ -101,7 +127,7 @@ def _counter(block_mask: BlockMask) -> Callable[[int, int], float]:
     """Returns a function of the tile sizes: tiles in the lists of a mean pattern."""
     tables = (block_mask.kv_counts, block_mask.kv_indices)
     if not all(isinstance(array, np.ndarray) for array in (*tables, block_mask.query_offset)):
-        return functools.partial(_all_tiles, block_mask.geometry)
+        return functools.partial(_expected_tiles, block_mask)
     geometry = block_mask.geometry
     counts, indices = (
         table.reshape(-1, *table.shape[-n:]) for n, table in zip((1, 2), tables, strict=True)
@@ -125,9 +151,12 @@ def _cut(geometry: Geometry, query_tile: int, key_tile: int) -> Geometry:
     return dataclasses.replace(geometry, query_block_size=query_tile, key_block_size=key_tile)
 
 
-def _all_tiles(geometry: Geometry, query_tile: int, key_tile: int) -> float:
+def _expected_tiles(block_mask: BlockMask, query_tile: int, key_tile: int) -> float:
+    geometry = block_mask.geometry
     cut = _cut(geometry, query_tile, key_tile)
-    return float(cut.query_blocks * cut.key_blocks)
+    share = block_mask.kv_indices.shape[-1] / geometry.key_blocks
+    blocks = -(-query_tile // geometry.query_block_size) * -(-key_tile // geometry.key_block_size)
+    return cut.query_blocks * cut.key_blocks * (1 - (1 - share) ** blocks)
 
 
 def _listed_tiles(
