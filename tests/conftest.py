@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterator
 
 # Before JAX is imported: it reads the variables once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs of tests run once or twice: compiling them well would take longer than that.
+if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
 # Workers and the processes that tests start inherit the folder, and compile nothing twice.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="xla-cache-")

@@ -16,7 +16,6 @@ from tests.model.harness import (
     place,
     pure,
     put,
-    quick_jit,
     randomized,
     small_config,
 )
@@ -48,7 +47,7 @@ def assert_masked_softmax(attention, mask):
         output = reference.attention(parameters, x, positions, visible, config)
         return jnp.vdot(weights, output), output
 
-    results = quick_jit(jax.grad(actual, (0, 1), has_aux=True))(pure(attention), x)
+    results = jax.jit(jax.grad(actual, (0, 1), has_aux=True))(pure(attention), x)
     truth = in_float64(jax.grad(expected, (0, 1), has_aux=True), pure(attention), x)
     assert_close(results, truth, 1e-5)
 
@@ -57,7 +56,7 @@ def assert_same_on_mesh(attention, sizes, num_tokens):
     """Output and diagnostics on a mesh of eight devices are those of one."""
     x = normal(0, 8, num_tokens, attention.config.embed_dim)
     segment_ids, positions = packed(np.random.default_rng(0), 8, num_tokens)
-    run = quick_jit(lambda module, *arguments: module(*arguments))
+    run = jax.jit(lambda module, *arguments: module(*arguments))
     expected = run(attention, x, positions, segment_ids)
     with jax.set_mesh(mesh.make_mesh(sizes)):
         ids = (put(ids, "batch", "seq") for ids in (positions, segment_ids))

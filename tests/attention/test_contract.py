@@ -30,7 +30,6 @@ from tests.model.harness import (
     normal,
     packed,
     put,
-    quick_jit,
     random_parameter,
     randomized,
 )
@@ -85,7 +84,7 @@ class Subject:
     @staticmethod
     def gradients_of(config, params, batch):
         loss = functools.partial(total_loss, ModelDef(config))
-        return jax.device_get(quick_jit(jax.value_and_grad(loss))(params, batch))
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, batch))
 
     def changed(self, **model):
         config = self.config.copy_and_resolve_references()
@@ -255,7 +254,7 @@ def test_density_is_the_fraction_of_pairs_attended(subject):
 
 def test_dropout_is_a_function_of_the_key(subject):
     model_def = ModelDef(subject.changed(dropout=0.3))
-    run = quick_jit(functools.partial(forward, model_def))
+    run = jax.jit(functools.partial(forward, model_def))
     first, again, other = (
         run(subject.params, subject.batch, jax.random.key(seed)).logits for seed in (0, 0, 1)
     )
@@ -271,7 +270,7 @@ def test_recomputing_changes_nothing(subject, remat):
 
 
 def test_scan_is_a_loop_over_layers(subject):
-    @quick_jit
+    @jax.jit
     def looped(params, batch):
         model = subject.model_def.merge(params)
         x, reports = model.embedding(batch["inputs"]), []
@@ -293,7 +292,7 @@ def test_scan_is_a_loop_over_layers(subject):
 
 def test_bfloat16_is_near_float32(subject):
     model_def = ModelDef(subject.changed(compute_dtype="bfloat16"))
-    run = quick_jit(functools.partial(forward, model_def))
+    run = jax.jit(functools.partial(forward, model_def))
     actual = run(subject.params, subject.batch).logits
     expected = subject.forward(subject.params, subject.batch).logits
     assert actual.dtype == jnp.float32

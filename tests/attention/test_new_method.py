@@ -12,7 +12,7 @@ from sparseformer_jax import mesh
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
 from sparseformer_jax.training.state import ModelDef, abstract_state, init_state
 from sparseformer_jax.training.step import make_train_step
-from tests.model.harness import assert_close, put, quick_jit
+from tests.model.harness import assert_close, put
 
 METHOD = '''
 """Dense attention whose heads are weighed, and asked to weigh little."""
@@ -89,7 +89,7 @@ def train(config, batch, device_mesh, state=None):
         variables = {name: model_def.variables[name] for name in model_def.trainable()}
         optimizer = make_optimizer(config.optimizer, 2, variables)
         schedule = make_schedule(config.optimizer, 2)
-        step = quick_jit(make_train_step(model_def, optimizer, schedule))
+        step = jax.jit(make_train_step(model_def, optimizer, schedule))
         if state is None:
             state = init_state(model_def, optimizer, jax.random.key(0))
         placed = abstract_state(model_def, optimizer, device_mesh)

@@ -20,7 +20,6 @@ from tests.model.harness import (
     attention_weights,
     layers,
     normal,
-    quick_jit,
 )
 
 SETTINGS = loading.settings("masformer")
@@ -123,10 +122,10 @@ def look_inside(model, tokens):
 def test_model(variant):
     model, tokens = make_model(variant), jnp.asarray(MODEL["input_ids"])
     graphdef, state = nnx.split(model)
-    hidden, weights = quick_jit(lambda s, x: look_inside(nnx.merge(graphdef, s), x))(
+    hidden, weights = jax.jit(lambda s, x: look_inside(nnx.merge(graphdef, s), x))(
         state, tokens[:1]
     )
-    (value, logits), gradients = quick_jit(
+    (value, logits), gradients = jax.jit(
         jax.value_and_grad(lambda s, x: loss(nnx.merge(graphdef, s), x), has_aux=True)
     )(state, tokens)
     gradients = nnx.merge(graphdef, gradients)

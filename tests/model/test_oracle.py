@@ -8,7 +8,7 @@ from flax import nnx
 from sparseformer_jax.attention import masformer
 from sparseformer_jax.model.transformer import Transformer
 from tests.model import hugging_face
-from tests.model.harness import assert_close, quick_jit, small_config
+from tests.model.harness import assert_close, small_config
 
 pytestmark = pytest.mark.oracle
 
@@ -108,7 +108,7 @@ def test_logits(make, changes):
     config = small_config(**OURS | changes)
     model = Transformer(config, masformer.Method, options, rngs=nnx.Rngs(0))
     model = hugging_face.load(model, weights)
-    actual = quick_jit(lambda model, tokens: model(tokens).logits)(
+    actual = jax.jit(lambda model, tokens: model(tokens).logits)(
         model, jnp.asarray(tokens.numpy().astype(np.int32))
     )
     assert_close(actual, expected, 1e-5)

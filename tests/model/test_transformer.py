@@ -15,7 +15,6 @@ from tests.model.harness import (
     layers,
     packed,
     pure,
-    quick_jit,
     randomized,
     small_config,
 )
@@ -47,7 +46,7 @@ def make_model(attention=dense.Method, options=None, **changes):
     )
 
 
-@quick_jit
+@jax.jit
 def run(model, *arguments):
     return model(*arguments)
 

@@ -19,6 +19,8 @@ _SETTINGS = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # As users compile, not as tests do.
+    "XLA_FLAGS": "",
 }
 _NEEDED = ("libtpu", "jax_plugins.xla_cuda13", "jax_triton", "triton")
 

@@ -57,8 +57,8 @@ INTERPRETED_CASES = {
         block_map(2, 6, 6, size=32, is_causal=True, window_size=75), dtype=jnp.float16
     ),
     "heads of a group side by side, pattern per group": Case(
-        block_map(2, 4, 5, size=64, is_causal=True),
-        heads=8,
+        block_map(2, 3, 3, size=64, is_causal=True),
+        heads=4,
         kv_heads=2,
         segments=2,
         dtype=jnp.bfloat16,

@@ -14,8 +14,6 @@ from sparseformer_jax.config import to_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
-# The programs run a few steps: compiling them well would take longer than that.
-_XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def start(config: ConfigDict, workdir: Path, *flags: str, num_devices: int = 1) -> subprocess.Popen:
@@ -27,14 +25,10 @@ def start(config: ConfigDict, workdir: Path, *flags: str, num_devices: int = 1) 
         f"def get_config():\n    return from_json({to_json(config)!r})\n"
     )
     command = [sys.executable, "-W", "error", "train.py", f"--config={config_file}"]
-    settings = {
-        "JAX_NUM_CPU_DEVICES": str(num_devices),
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}",
-    }
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *flags],
         cwd=ROOT,
-        env=os.environ | settings,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,7 +8,6 @@ from sparseformer_jax import mesh
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
 from sparseformer_jax.training.state import ModelDef, abstract_state, init_state
 from sparseformer_jax.training.step import make_train_step
-from tests.model.harness import quick_jit
 
 MESHES = [
     {"data": 8},
@@ -26,12 +25,12 @@ def train(config, sizes, batch, num_steps=3):
         model_def = ModelDef(config)
         variables = {name: model_def.variables[name] for name in model_def.trainable()}
         optimizer = make_optimizer(config.optimizer, 10, variables)
-        state = quick_jit(lambda: init_state(model_def, optimizer, jax.random.key(0)))()
+        state = jax.jit(lambda: init_state(model_def, optimizer, jax.random.key(0)))()
         abstract = abstract_state(model_def, optimizer, device_mesh)
         assert jax.tree.map(lambda x: x.sharding.spec, state.params) == jax.tree.map(
             lambda x: x.sharding.spec, abstract.params
         )
-        step = quick_jit(make_train_step(model_def, optimizer, make_schedule(config.optimizer, 10)))
+        step = jax.jit(make_train_step(model_def, optimizer, make_schedule(config.optimizer, 10)))
         pieces = config.train.accumulation_steps
         sharding = jax.NamedSharding(device_mesh, mesh.spec(None, "batch", "seq"))
         placed = {
