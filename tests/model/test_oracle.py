@@ -1,5 +1,6 @@
 """The model computes what transformers' Llama, Qwen 2, Qwen 3 and GPT-Neo compute."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
