@@ -44,6 +44,9 @@ def block_sparse_attention(
     outputs. Keys and values that a query does not see change nothing as long as they and
     their products are finite: the weight of 0 that they get makes NaN of infinity.
 
+    Heads of up to 256 run on the hardware kernels: `pallas_tpu` computes them as they are,
+    `mosaic_gpu` padded to a multiple of 64, `triton` in the next power of two.
+
     Args:
         query: N heads, a multiple of K; head n reads key/value head n // (N / K).
         key: keys in K heads.
