@@ -117,16 +117,20 @@ class BlockTables:
         """Returns count pattern heads from one on: what a device that holds these needs.
 
         Args:
-            first: number of the first, which may be traced, as in `jax.shard_map`.
+            first: number of the first, which may be traced, as in `jax.shard_map`: nothing
+                can be said of a traced one, and one beyond the last is moved back.
             count: how many.
 
         Raises:
-            ValueError: there are fewer heads.
+            ValueError: first or count is no integer, or there are fewer heads.
         """
         heads = self.overflow.shape[-1]
         check_integer("count", count)
-        is_traced = isinstance(first, jax.Array)
-        if count > heads or not (is_traced or 0 <= first <= heads - count):
+        is_traced = isinstance(first, jax.core.Tracer)
+        if not is_traced:
+            first = first.item() if isinstance(first, jax.Array) else first
+            check_integer("first", first, least=0)
+        if count > heads or not (is_traced or first + count <= heads):
             raise ValueError(
                 f"first={first} and count={count} must lie within the {heads} pattern heads"
             )

@@ -30,3 +30,9 @@ class Call:
     segment_ids: tuple[Int[Array, "B T"], Int[Array, "B *K S"]] | None
     scores: Scores
     return_lse: bool
+
+    @property
+    def heads_with_one_list(self) -> int:
+        """N / max(K, Hp): neighbouring query heads with the same keys, values and pattern."""
+        patterns = self.block_mask.kv_counts.shape[-2]
+        return self.query.shape[2] // max(self.key.shape[2], patterns)

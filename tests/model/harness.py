@@ -23,7 +23,6 @@ SMALL = {
 }
 
 
-# Compiles in half the time; what the compiler would gain is not tested here.
 def small_config(**changes):
     return ModelConfig(**SMALL | changes)
 

@@ -337,6 +337,14 @@ def test_no_table_grows_with_tokens():
             lambda: BlockMask.from_rule(Strided(4, 2, 4), 8, is_causal=True).take_heads(0, 0),
             "count=0 must be at least 1",
         ),
+        (
+            lambda: BlockMask.from_rule(Strided(4, 2, 4), 8, is_causal=True).take_heads(-1, 2),
+            "first=-1 must not be negative",
+        ),
+        (
+            lambda: BlockMask.from_rule(Strided(4, 2, 4), 8, is_causal=True).take_heads(0.5, 2),
+            "first=0.5 must be an integer",
+        ),
     ],
 )
 def test_bad_input(build, message, untyped):

@@ -17,6 +17,7 @@ import pytest
 from pallas_kernels import BlockMask, block_max_attention, block_sparse_attention, targets
 from pallas_kernels.block_sparse_attention import reference
 from pallas_kernels.block_sparse_attention.selection import IMPLEMENTATIONS
+from pallas_kernels.selection import CannotRun
 from tests.golden import test_s2
 from tests.pallas_kernels import kernel_cases, test_block_max
 from tests.pallas_kernels.kernel_cases import Case
@@ -73,6 +74,18 @@ def load(name, call):
 def expected(case, attend=reference.attend):
     with jax.default_device(jax.devices("cpu")[0]):
         return kernel_cases.expected(kernel_cases.make(case), attend)
+
+
+def test_the_kernels_that_the_machine_is_for_can_run():
+    """Or all that follows could be skipped for what is not installed."""
+    target = targets.current()
+    names = {"tpu": ["pallas_tpu"], "cuda": ["triton"]}.get(target.platform, ["xla"])
+    if target.compute_capability == 90:
+        names.append("mosaic_gpu")
+    call = kernel_cases.make(CASES["bfloat16"])
+    assert {name: IMPLEMENTATIONS.load(name).refusal(call, target) for name in names} == (
+        dict.fromkeys(names)
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -139,6 +152,6 @@ def test_block_max_agrees_with_loops(name, case):
     )
     try:
         actual = jax.jit(run)()
-    except NotImplementedError as error:
+    except CannotRun as error:
         pytest.skip(str(error))
     test_block_max.assert_agree(case, actual, truth)

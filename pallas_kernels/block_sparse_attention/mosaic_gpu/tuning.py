@@ -1,4 +1,4 @@
-"""Tiles and pipeline depths, by head dimension and by the blocks of the mask.
+"""Tiles, heads and pipeline depths, by head dimension and by the pattern of the mask.
 
 The default follows what the registers and the shared memory of a Hopper GPU hold, and
 the widest tiles that the compiler builds without spilling in its inner loop. It is not
@@ -76,7 +76,7 @@ def tiles(call: Call) -> Tiles:
     dtype, block_mask = call.query.dtype, call.block_mask
     head, geometry = padded(call.query.shape[-1]), block_mask.geometry
     forward_rows, d_query_rows = _rows(call)
-    if _shares_lists(call) and geometry.query_blocks > 1 and geometry.query_block_size % 128:
+    if _has_pairs(call) and geometry.query_blocks > 1 and geometry.query_block_size % 128:
         forward_rows, d_query_rows = ROWS, ROWS
     if dtype == jnp.float32:
         return (forward_rows, 64), (d_query_rows, 64), (64, 128 if head == 64 else 64)
@@ -110,11 +110,9 @@ def _rows(call: Call) -> tuple[int, int]:
     return 128, 128 if head <= most else 64
 
 
-def _shares_lists(call: Call) -> bool:
-    """Returns whether each two query heads have keys, values and a list in common."""
-    heads, kv_heads = call.query.shape[2], call.key.shape[2]
-    patterns = call.block_mask.kv_counts.shape[-2]
-    return heads // max(kv_heads, patterns) % 2 == 0
+def _has_pairs(call: Call) -> bool:
+    """Returns whether query heads come in pairs with one list."""
+    return call.heads_with_one_list % 2 == 0
 
 
 def _plan(call: Call, target: Target, choice: Tiles) -> Plan:
@@ -122,9 +120,9 @@ def _plan(call: Call, target: Target, choice: Tiles) -> Plan:
     forward, d_query, d_key = (Tiling.of(block_mask, *sizes) for sizes in choice)
     count = pieces.count(call.query.dtype)
     row = BYTES * count * padded(call.query.shape[-1])
-    shared = _shares_lists(call)
+    has_pairs = _has_pairs(call)
     forward_heads, d_query_heads = (
-        rows // tiling.query_tile if shared else 1
+        rows // tiling.query_tile if has_pairs else 1
         for rows, tiling in zip(_rows(call), (forward, d_query), strict=True)
     )
     is_free = block_mask.rule is None and block_mask.query_block_size % forward.query_tile > 0

@@ -25,7 +25,7 @@ def refusal(call: Call, target: Target) -> str | None:
     choice = tuning.choose(call)
     if choice is None:
         return kernel_tables.refusal(call.block_mask, *tuning.SMALLEST)
-    group = call.query.shape[2] // call.key.shape[2]
+    group = call.query.shape[2] // call.key.shape[2] // choice.heads
     most = 2 ** (flat.TILE_BITS - (group - 1).bit_length())
     if max(call.query.shape[1], call.key.shape[1]) > most * min(choice.tiles):
         return f"tiles of {choice.query_tile} x {choice.key_tile} number more than {most}"

@@ -1,4 +1,4 @@
-"""Tile sizes: the pair that should take least time for a mask, by a count of its tiles.
+"""Tile sizes, and heads in a tile, that should take least time, by a count of the tiles.
 
 No figure here was measured on a TPU. The constants follow published tunings of dense
 attention there: tiles of 1024 x 1024 beat 512 x 512 on long sequences, 128 x 128 is
@@ -78,7 +78,7 @@ def choices(call: Call) -> list[Choice]:
     possible = [
         (*pair, heads)
         for pair in pairs
-        for heads in _heads_with_one_list(call)
+        for heads in _divisors(call.heads_with_one_list)
         if (heads == 1 or heads * pair[0] <= largest)
         and kernel_tables.refusal(block_mask, *pair) is None
     ]
@@ -103,11 +103,8 @@ def choices(call: Call) -> list[Choice]:
     return sorted(reversed(found), key=lambda choice: choice.cost)
 
 
-def _heads_with_one_list(call: Call) -> list[int]:
-    """Returns how many query heads of a group may share a tile: divisors of those alike."""
-    lists = max(call.key.shape[2], call.block_mask.kv_counts.shape[-2])
-    alike = call.query.shape[2] // lists
-    return [heads for heads in range(1, alike + 1) if alike % heads == 0]
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _time(query_tile: int, key_tile: int) -> int:
