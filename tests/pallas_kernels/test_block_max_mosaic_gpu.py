@@ -46,7 +46,7 @@ INTERPRETED_CASES = {
         *(200, 190, 12, 10),
         heads=1,
         kv_heads=1,
-        head_dim=128,
+        head_dim=192,
         options={"prefix_length": 90, "window_size": 110},
     ),
     "blocks of many tiles, group, bidirectional": Case(
@@ -142,10 +142,8 @@ def test_sight_is_what_pairs_say(name):
 
 
 @pytest.mark.parametrize("key_block", [8, 64, 1024])
-@pytest.mark.parametrize(
-    ("head_dim", "dtype"),
-    [(64, "float32"), (128, "float32"), *((h, "bfloat16") for h in (64, 80, 128, 192, 256))],
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
 def test_plans_fit_shared_memory(head_dim, dtype, key_block):
     case = dataclasses.replace(
         CASES["square"], head_dim=head_dim, dtype=jnp.dtype(dtype), key_block_size=key_block
@@ -153,7 +151,7 @@ def test_plans_fit_shared_memory(head_dim, dtype, key_block):
     plan = Plan.of(call(case), HOPPER)
     row = (6 if dtype == "float32" else 2) * (-(-head_dim // 64) * 64)
     maxima = 4 * WARPGROUPS * plan.columns * QUERY_TILE
-    assert plan.stages >= 2
+    assert plan.stages >= (1 if (head_dim, dtype) == (256, "float32") else 2)
     assert (plan.keys.tile + plan.stages * QUERY_TILE) * row + maxima <= 224 * 1024
 
 
@@ -175,11 +173,8 @@ def test_refusals():
     assert "only Hopper has the wgmma" in mosaic_gpu.refusal(given, ampere)
     with targets.use(ampere):
         assert "mosaic_gpu" in IMPLEMENTATIONS.choose(given, None).refusals
-    for dtype, largest in ((jnp.bfloat16, 256), (jnp.float32, 128)):
-        wide = dataclasses.replace(CASES["square"], head_dim=largest + 1, dtype=dtype)
-        assert mosaic_gpu.refusal(call(wide), HOPPER) == (
-            f"head_dim={largest + 1} in {jnp.dtype(dtype)} must be at most {largest}"
-        )
+    wide = dataclasses.replace(CASES["square"], head_dim=257)
+    assert mosaic_gpu.refusal(call(wide), HOPPER) == "head_dim=257 must be at most 256"
     with jax.enable_x64(True):
         double = call(dataclasses.replace(CASES["square"], dtype=jnp.float64))
         assert "not float64" in mosaic_gpu.refusal(double, HOPPER)

@@ -66,7 +66,7 @@ def block_max(plan: Plan, operands: Operands) -> Float[Array, "B n M J"]:
         target=plan.target,
         outputs=(jax.ShapeDtypeStruct(shape, jnp.float32),),
         scratch=(
-            tile_scratch((WARPGROUPS, plan.pieces, plan.part, head_dim), dtype),
+            tile_scratch((WARPGROUPS, plan.pieces, plan.part, head_dim), dtype, plan.pieces),
             plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=plan.pieces),
             Ring.scratch(plan.stages, (plan.pieces, QUERY_TILE, head_dim), dtype, WARPGROUPS),
             plgpu.SMEM((WARPGROUPS, plan.columns, QUERY_TILE), jnp.float32),

@@ -5,7 +5,7 @@ copies: it reads the lists and lets TMA fill rings of tiles in shared memory (`r
 whose products are WGMMA's (`warpgroup`). Heads are padded to 64, 128, 192 or 256. Products
 sum up in float32. Of bfloat16 and float16, weights and their gradients are rounded to the
 input's type before they are multiplied; float32 runs as three bfloat16 arrays (`pieces`),
-exact and six times the products, in heads of up to 128.
+exact and six times the products.
 """
 
 import functools
@@ -48,8 +48,8 @@ def machine_refusal(query: Float[Array, "B T N H"], target: Target) -> str | Non
     dtype, head_dim = query.dtype, query.shape[-1]
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"it takes bfloat16, float16 and float32, not {dtype}"
-    if head_dim > tuning.largest_head(dtype):
-        return f"head_dim={head_dim} in {dtype} must be at most {tuning.largest_head(dtype)}"
+    if head_dim > tuning.LARGEST_HEAD:
+        return f"head_dim={head_dim} must be at most {tuning.LARGEST_HEAD}"
     return _import_error()
 
 

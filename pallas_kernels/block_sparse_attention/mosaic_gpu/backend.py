@@ -22,10 +22,7 @@ def forward(
     tables: Tables,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns (out, lse), see `differentiable.Backend`."""
-    dtype = query.dtype
-    query, key, value = map(pieces.split, (query, key, value))
-    out, lse = attention(plan, query, key, value, tables)
-    return pieces.join(out, dtype), lse
+    return attention(plan, query, pieces.split(key), pieces.split(value), tables)
 
 
 def backward(
@@ -40,8 +37,9 @@ def backward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Returns (dQ, dK, dV), see `differentiable.Backend`."""
     statistics = jnp.stack([lse * softmax.LOG2_E, shift], axis=2)
-    dtype = query.dtype
-    query, key, value, d_out = map(pieces.split, (query, key, value, d_out.astype(dtype)))
-    d_query = query_gradient(plan, query, key, value, d_out, statistics, tables)
-    d_key, d_value = key_gradients(plan, query, key, value, d_out, statistics, tables)
-    return pieces.join(d_query, dtype), pieces.join(d_key, dtype), pieces.join(d_value, dtype)
+    d_out = d_out.astype(query.dtype)
+    arrays = (query, key, value, d_out)
+    queries, keys, values, d_outs = map(pieces.split, arrays)  # What a kernel streams.
+    d_query = query_gradient(plan, query, keys, values, d_out, statistics, tables)
+    d_key, d_value = key_gradients(plan, queries, key, value, d_outs, statistics, tables)
+    return d_query, d_key, d_value

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
-from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, rings, softmax
+from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, softmax
 from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import Ring, tile_scratch
@@ -45,23 +45,23 @@ class _Sums(NamedTuple):
 def key_gradients(
     plan: Plan,
     query: Float[Array, "BP T N H"],
-    key: Float[Array, "BP S K H"],
-    value: Float[Array, "BP S K H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     d_out: Float[Array, "BP T N H"],
     statistics: Float[Array, "B N 2 T"],
     tables: Tables,
-) -> tuple[Float[Array, "BP S K H"], Float[Array, "BP S K H"]]:
-    """Returns (dK, dV) in `pieces`, as all arrays of tokens are.
+) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Returns (dK, dV) of queries and dO in `pieces`.
 
     statistics are lse in base 2 and the shift of `differentiable`.
     """
-    batch, (_, length, kv_heads, head_dim) = statistics.shape[0], key.shape
+    batch, length, kv_heads, head_dim = key.shape
     tiling, stages, count = plan.d_key, plan.options.d_key_stages, plan.options.pieces
     tile = (count, tiling.query_tile, head_dim)
     ring = Ring.scratch(stages, tile, query.dtype, _WARPGROUPS)
     vectors = Ring.scratch(stages, (1, 2, tiling.query_tile), jnp.float32, _WARPGROUPS)
     parts = tiling.key_tile // ROWS
-    resident = tile_scratch((parts, count, ROWS, head_dim), key.dtype)
+    resident = tile_scratch((parts, ROWS, head_dim), key.dtype, count)
     gradient = jax.ShapeDtypeStruct(key.shape, key.dtype)
     d_key, d_value = kernels.launch(
         lambda *refs: _kernel(plan, *refs),
@@ -73,7 +73,7 @@ def key_gradients(
         scratch=(
             resident,
             resident,
-            plgpu.Barrier(num_barriers=parts, num_arrivals=2 * count),
+            plgpu.Barrier(num_barriers=parts, num_arrivals=2),
             plgpu.Barrier(num_arrivals=_WARPGROUPS),
             ring,
             ring,
@@ -110,22 +110,22 @@ def _kernel(
         part = index if is_shared else jnp.int32(0)
         rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, False), mask, batch, tile, part)
         place = (batch, pl.ds(rows.start, ROWS), kv_head)
-        own = (rings.pieces_of(keys, part), rings.pieces_of(values, part))
+        own = (keys.at[part], values.at[part])
 
         @pl.when(index == part)
         def _load() -> None:
             for ref, target in zip((key_ref, value_ref), own, strict=True):
-                rings.load(pieces.places(ref, count, *place), target, ready.at[part])
+                plgpu.copy_gmem_to_smem(ref.at[place], target, ready.at[part])
 
         plgpu.barrier_wait(ready.at[part])
-        step = _Step(plan, rows, *own, queries, d_outs, statistics)
+        step = _Step(plan, rows, (own[0],), (own[1],), queries, d_outs, statistics)
 
         def run(wants_key: bool, wants_value: bool) -> None:
             sums = step.over(group, wants_key, wants_value)
             if not is_shared:  # What is written next, the other may still read.
                 plgpu.barrier_arrive(finished)
                 plgpu.barrier_wait(finished)
-            targets = tuple(pieces.places(ref, count, *place) for ref in outputs)
+            targets = tuple(ref.at[place] for ref in outputs)
             _store(warpgroup, sums, plan.scores.scale, own, targets)
 
         if is_shared:
@@ -156,15 +156,15 @@ def _store(
     warpgroup: Warpgroup,
     sums: _Sums,
     scale: float,
-    buffers: tuple[Tile, Tile],
-    targets: tuple[Tile, ...],
+    buffers: tuple[Any, Any],
+    targets: tuple[Any, ...],
 ) -> None:
     """Writes dK and dV, those there are, through the shared memory of K and V."""
     for total, factor, buffer, target in zip(sums, (scale, 1.0), buffers, targets, strict=True):
         if total is not None:
             warpgroup.store(total * factor, buffer)
             plgpu.commit_smem()
-            rings.save(buffer, target)
+            plgpu.copy_smem_to_gmem(buffer, target)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
-from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, rings, softmax
+from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, softmax
 from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import Ring, tile_scratch
@@ -29,24 +29,24 @@ _Sum = Float[Array, "64 H"]
 
 def query_gradient(
     plan: Plan,
-    query: Float[Array, "BP T N H"],
+    query: Float[Array, "B T N H"],
     key: Float[Array, "BP S K H"],
     value: Float[Array, "BP S K H"],
-    d_out: Float[Array, "BP T N H"],
+    d_out: Float[Array, "B T N H"],
     statistics: Float[Array, "B N 2 T"],
     tables: Tables,
-) -> Float[Array, "BP T N H"]:
-    """Returns dQ in `pieces`, as all arrays of tokens are.
+) -> Float[Array, "B T N H"]:
+    """Returns dQ of keys and values in `pieces`.
 
     statistics are lse in base 2 and the shift of `differentiable`.
     """
-    batch, (_, length, heads, head_dim) = statistics.shape[0], query.shape
+    batch, length, heads, head_dim = query.shape
     tiling, count = plan.d_query, plan.options.pieces
     packed = plan.options.d_query_heads
     warpgroups = packed * tiling.query_tile // ROWS
     tile = (count, tiling.key_tile, head_dim)
     ring = Ring.scratch(plan.options.d_query_stages, tile, key.dtype, warpgroups)
-    resident = tile_scratch((warpgroups, count, ROWS, head_dim), query.dtype)
+    resident = tile_scratch((warpgroups, ROWS, head_dim), query.dtype, count)
     (gradient,) = kernels.launch(
         lambda *refs: _kernel(plan, *refs),
         (query, key, value, d_out, statistics),
@@ -57,7 +57,7 @@ def query_gradient(
         scratch=(
             resident,
             resident,
-            plgpu.Barrier(num_barriers=warpgroups, num_arrivals=2 * count),
+            plgpu.Barrier(num_barriers=warpgroups, num_arrivals=2),
             ring,
             ring,
         ),
@@ -94,16 +94,16 @@ def _kernel(
         head, part = kernels.head_and_part(first_head, index, parts)
         rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, True), mask, batch, tile, part)
         place = pl.ds(rows.start, ROWS)
-        own, d_out = (rings.pieces_of(buffer, index) for buffer in (queries, d_outs))
+        own, d_out = (buffer.at[index] for buffer in (queries, d_outs))
         for ref, target in ((query_ref, own), (d_out_ref, d_out)):
-            rings.load(pieces.places(ref, count, batch, place, head), target, ready.at[index])
+            plgpu.copy_gmem_to_smem(ref.at[batch, place, head], target, ready.at[index])
         lse = warpgroup.load_rows(statistics_ref.at[batch, head, 0, place])
         shift = warpgroup.load_rows(statistics_ref.at[batch, head, 1, place])
         plgpu.barrier_wait(ready.at[index])
-        total = _Step(plan, rows, own, d_out, lse, shift, keys, values).over(entries)
+        total = _Step(plan, rows, (own,), (d_out,), lse, shift, keys, values).over(entries)
         warpgroup.store(total * plan.scores.scale, own)
         plgpu.commit_smem()
-        rings.save(own, pieces.places(gradient_ref, count, batch, place, head))
+        plgpu.copy_smem_to_gmem(own, gradient_ref.at[batch, place, head])
         plgpu.wait_smem_to_gmem(0)
 
     def produce() -> None:

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
-from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, rings, softmax
+from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, softmax
 from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask, Turns
 from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import Ring, tile_scratch
@@ -30,14 +30,14 @@ _State = tuple[Float[Array, "64 H"], Running]
 
 def attention(
     plan: Plan,
-    query: Float[Array, "BP T N H"],
+    query: Float[Array, "B T N H"],
     key: Float[Array, "BP S K H"],
     value: Float[Array, "BP S K H"],
     tables: Tables,
-) -> tuple[Float[Array, "BP T N H"], Float[Array, "B N T"]]:
-    """Returns (out, lse), see `differentiable.Backend`, of arrays in `pieces`."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """Returns (out, lse), see `differentiable.Backend`, of keys and values in `pieces`."""
+    batch, length, heads, head_dim = query.shape
     count = plan.options.pieces
-    batch, (_, length, heads, head_dim) = query.shape[0] // count, query.shape
     tiling, stages = plan.forward, plan.options.forward_stages
     packed = plan.options.forward_heads
     warpgroups = packed * tiling.query_tile // ROWS
@@ -53,9 +53,9 @@ def attention(
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
         scratch=(
-            tile_scratch((warpgroups, count, ROWS, head_dim), query.dtype),
+            tile_scratch((warpgroups, ROWS, head_dim), query.dtype, count),
             plgpu.SMEM((warpgroups, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=warpgroups, num_arrivals=count),
+            plgpu.Barrier(num_barriers=warpgroups),
             ring,
             ring,
             plgpu.Barrier(num_arrivals=warpgroups),
@@ -94,18 +94,17 @@ def _kernel(
         head, part = kernels.head_and_part(first_head, index, parts)
         rows = Rows.of(warpgroup, TileMask(plan.geometry, tiling, True), mask, batch, tile, part)
         place = pl.ds(rows.start, ROWS)
-        own = rings.pieces_of(queries, index)
-        source = pieces.places(query_ref, count, batch, place, head)
-        rings.load(source, own, queries_ready.at[index])
+        own = queries.at[index]
+        plgpu.copy_gmem_to_smem(query_ref.at[batch, place, head], own, queries_ready.at[index])
         plgpu.barrier_wait(queries_ready.at[index])
         has_turns = plan.options.takes_turns and packed * parts > 1
-        step = _Step(plan, rows, own, keys, values, Turns(turns if has_turns else None, index))
+        step = _Step(plan, rows, (own,), keys, values, Turns(turns if has_turns else None, index))
         total, running = step.over(entries)
         scale, logs = running.finish()
         warpgroup.store(total * along_rows(scale, total.shape[1]), own)
         lse.at[index][...] = logs
         plgpu.commit_smem()
-        rings.save(own, pieces.places(out_ref, count, batch, place, head))
+        plgpu.copy_smem_to_gmem(own, out_ref.at[batch, place, head])
         plgpu.copy_smem_to_gmem(lse.at[index], lse_ref.at[batch, head, place])
         plgpu.wait_smem_to_gmem(0)
 
@@ -158,7 +157,7 @@ class _Step:
         logits = self.rows.hide(logits, bits, tile, -jnp.inf)
         running, shrink, weights = running.add(logits, softmax.factor(scores))
         total = total * along_rows(shrink, total.shape[1])
-        factors = warpgroup.split(weights, self.queries)
+        factors = warpgroup.split(weights, key)
         # The softmax is over before the turn is passed on.
         total, running, factors = lax.optimization_barrier((total, running, factors))
         self.turns.arrive()

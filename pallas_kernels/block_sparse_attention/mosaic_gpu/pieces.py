@@ -36,13 +36,6 @@ def split(array: Float[Array, "B *rest"]) -> Float[Array, "BP *rest"]:
     return jnp.stack(found, axis=1).reshape(-1, *array.shape[1:])
 
 
-def join(array: Float[Array, "BP *rest"], dtype: Any) -> Float[Array, "B *rest"]:
-    """Returns the sums of the pieces, what `split` was given."""
-    if count(dtype) == 1:
-        return array
-    return array.reshape(-1, count(dtype), *array.shape[1:]).astype(dtype).sum(axis=1)
-
-
 def places(ref: Any, number: int, batch: Int[Array, ""], *place: Any) -> tuple[Any, ...]:
     """Returns references to the pieces, in a batch entry of what `split` returned."""
     return tuple(ref.at[batch * number + piece, *place] for piece in range(number))

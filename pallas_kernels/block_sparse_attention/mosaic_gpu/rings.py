@@ -12,6 +12,9 @@ from jaxtyping import Array, Int
 
 Step = Int[Array, ""]
 
+SPLIT_COLUMNS = 32
+"""Columns of a float32 matrix that are split into pieces at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
@@ -35,9 +38,10 @@ class Ring:
 
         float32 is for vectors; tiles of any other type are laid out for WGMMA.
         """
-        buffer = plgpu.SMEM if dtype == jnp.float32 else tile_scratch
+        whole = (stages, *shape)
+        is_vector = dtype == jnp.float32
         return (
-            buffer((stages, *shape), dtype),
+            plgpu.SMEM(whole, dtype) if is_vector else tile_scratch(whole, dtype, shape[0]),
             plgpu.Barrier(num_barriers=stages, num_arrivals=shape[0]),
             plgpu.Barrier(num_barriers=stages, num_arrivals=readers),
         )
@@ -71,10 +75,16 @@ class Ring:
         return lax.rem(step, lax.full_like(step, self.buffer.shape[0]))
 
 
-def tile_scratch(shape: tuple[int, int, int, int], dtype: Any) -> Any:
-    """Returns shared memory for tiles [count, pieces, rows, H] as WGMMA and TMA want them."""
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+def tile_scratch(shape: tuple[int, ...], dtype: Any, pieces: int) -> Any:
+    """Returns shared memory for tiles [*count, rows, H] as WGMMA and TMA want them.
+
+    A swizzled row holds the columns, or rows, that a product takes at once. pieces says how
+    many matrices stand for one in the kernel: the columns of a float32 one that are taken
+    at once, and their pieces, lie in registers.
+    """
+    columns = 64 if pieces == 1 else SPLIT_COLUMNS
+    swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), swizzle))
 
 
 def pieces_of(buffer: Any, index: Step) -> tuple[Any, ...]:
@@ -86,9 +96,3 @@ def load(sources: tuple[Any, ...], targets: tuple[Any, ...], barrier: Any) -> No
     """Starts the copy of every piece from global to shared memory."""
     for source, target in zip(sources, targets, strict=True):
         plgpu.copy_gmem_to_smem(source, target, barrier)
-
-
-def save(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> None:
-    """Starts the copy of every piece from shared to global memory."""
-    for source, target in zip(sources, targets, strict=True):
-        plgpu.copy_smem_to_gmem(source, target)

@@ -6,7 +6,6 @@ timed yet; `autotune` measures the alternatives.
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -19,7 +18,7 @@ from pallas_kernels.targets import Target
 
 # Heads are padded to multiples of what one swizzled row of shared memory holds.
 HEAD_MULTIPLE = 64
-_LARGEST_HEAD, _LARGEST_FLOAT32_HEAD = 256, 128
+LARGEST_HEAD = 256
 
 # Of 227 KiB that a block may use; barriers, statistics and the compiler need the rest.
 _SHARED_BYTES = 224 * 1024
@@ -37,7 +36,7 @@ class Options:
     """How arrays are cut, who works on what, and the depths of the rings that TMA fills.
 
     Attributes:
-        pieces: arrays of 16 bits whose sum an array is.
+        pieces: arrays of 16 bits whose sum an array is that TMA streams.
         forward_heads: query heads of a block of the forward kernel's grid, which have one
             list: each warpgroup computes the same rows of another head.
         d_query_heads: the same in the kernel for dQ.
@@ -57,18 +56,14 @@ class Options:
     d_key_stages: int
 
 
-def largest_head(dtype: Any) -> int:
-    """Returns the largest head dimension whose tiles fit in shared memory."""
-    return _LARGEST_FLOAT32_HEAD if dtype == jnp.float32 else _LARGEST_HEAD
-
-
 def tiles(call: Call) -> Tiles:
     """Returns (query, key) tiles of the forward kernel, that for dQ and that for dK, dV.
 
     A warpgroup has 64 rows, of queries in the first two and of keys in the third. Its
     registers hold sums of 64 x H, two of them for dK and dV, and one or two tiles of
     scores. Beyond H = 128 that is one sum per warpgroup, so that two of them share 64
-    keys. float32 fills the shared memory with a third of the numbers.
+    keys. float32 takes two or three times the shared memory: wide heads leave room for
+    streamed tiles of 32.
 
     Two warpgroups share the keys of 128 queries, or of 64 queries of two heads where
     heads have one list and blocks are smaller: neighbours may have nothing in common.
@@ -79,7 +74,8 @@ def tiles(call: Call) -> Tiles:
     if _has_pairs(call) and geometry.query_blocks > 1 and geometry.query_block_size % 128:
         forward_rows, d_query_rows = ROWS, ROWS
     if dtype == jnp.float32:
-        return (forward_rows, 64), (d_query_rows, 64), (64, 128 if head == 64 else 64)
+        streamed, d_key_rows = 64 if head <= 128 else 32, 128 if head == 64 else 64
+        return (forward_rows, streamed), (d_query_rows, streamed), (streamed, d_key_rows)
     # Key tiles wider than the blocks would mostly compute what is masked.
     whole = geometry.key_blocks == 1 or block_mask.key_block_size % 128 == 0
     forward = (forward_rows, 128 if head <= 128 and whole else 64)
@@ -94,7 +90,7 @@ def plans(call: Call, target: Target) -> tuple[Plan, ...]:
     for query_tile, key_tile in ((128, 128), (128, 64), (64, 128), (64, 64)):
         if head <= 128 or key_tile == 64:
             choices.append(((query_tile, key_tile), d_query, d_key))
-    choices += [(forward, (rows, 64), d_key) for rows in {ROWS, _rows(call)[1]}]
+    choices += [(forward, (rows, d_query[1]), d_key) for rows in {ROWS, _rows(call)[1]}]
     possible = (
         _plan(call, target, choice)
         for choice in choices
@@ -106,7 +102,7 @@ def plans(call: Call, target: Target) -> tuple[Plan, ...]:
 def _rows(call: Call) -> tuple[int, int]:
     """Returns rows of queries in a block of the forward kernel's grid, and of that for dQ."""
     head = padded(call.query.shape[-1])
-    most = 64 if call.query.dtype == jnp.float32 else 192
+    most = 128 if call.query.dtype == jnp.float32 else 192
     return 128, 128 if head <= most else 64
 
 
@@ -118,8 +114,10 @@ def _has_pairs(call: Call) -> bool:
 def _plan(call: Call, target: Target, choice: Tiles) -> Plan:
     block_mask = call.block_mask
     forward, d_query, d_key = (Tiling.of(block_mask, *sizes) for sizes in choice)
-    count = pieces.count(call.query.dtype)
-    row = BYTES * count * padded(call.query.shape[-1])
+    dtype, head = call.query.dtype, padded(call.query.shape[-1])
+    count = pieces.count(dtype)
+    # Bytes of a token in a tile that stays, and in one that is streamed.
+    own, row = head * dtype.itemsize, head * BYTES * count
     has_pairs = _has_pairs(call)
     forward_heads, d_query_heads = (
         rows // tiling.query_tile if has_pairs else 1
@@ -131,9 +129,9 @@ def _plan(call: Call, target: Target, choice: Tiles) -> Plan:
         forward_heads,
         d_query_heads,
         forward_heads > 1 or not is_free,
-        stages(forward_heads * forward.query_tile * row, 2 * forward.key_tile * row),
-        stages(2 * d_query_heads * d_query.query_tile * row, 2 * d_query.key_tile * row),
-        stages(2 * d_key.key_tile * row, 2 * d_key.query_tile * row),
+        stages(forward_heads * forward.query_tile * own, 2 * forward.key_tile * row),
+        stages(2 * d_query_heads * d_query.query_tile * own, 2 * d_query.key_tile * row),
+        stages(2 * d_key.key_tile * own, 2 * d_key.query_tile * row),
     )
     return Plan(block_mask.geometry, forward, d_query, d_key, call.scores, target, options)
 

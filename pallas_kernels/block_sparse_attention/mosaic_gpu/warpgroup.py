@@ -17,10 +17,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.mosaic_gpu import pieces
+from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import SPLIT_COLUMNS
 from pallas_kernels.block_sparse_attention.mosaic_gpu.tuning import ROWS
 
 Tile = tuple[Any, ...]
-"""References to the pieces of a matrix in shared memory, see `pieces`."""
+"""References to the pieces of a matrix in shared memory, see `pieces`, or to a float32 one."""
 
 # Layouts of a [ROWS, columns] matrix and of vectors along its rows and its columns.
 _MATRIX = plgpu.Layout.WGMMA
@@ -72,25 +73,27 @@ class Warpgroup:
         (rounded,) = found = lax.optimization_barrier(found)
         return found + self.split(array - rounded.astype(array.dtype), tuple(others))
 
-    def store(self, array: Float[Array, "64 H"], tile: Tile) -> None:
-        """Writes a matrix to the pieces of one in shared memory."""
-        for ref, piece in zip(tile, self.split(array, tile), strict=True):
-            ref[...] = piece
+    def store(self, array: Float[Array, "64 H"], ref: Any) -> None:
+        """Writes a matrix to one in shared memory."""
+        ref[...] = array.astype(ref.dtype)
 
     def product(
         self, left: Tile, right: Tile, meanwhile: Callable[[], None] | None = None
     ) -> Float[Array, "64 C"]:
         """Returns left @ right' of two matrices in shared memory, [64, H] and [C, H].
 
+        The left one may be of float32, and is then split as the right one is.
         meanwhile is called once the product is under way.
         """
         if self.is_simulated:
             if meanwhile is not None:
                 meanwhile()
-            return _dots(_loaded(left), tuple(x.T for x in _loaded(right)))
+            rows = _loaded(left)
+            rows = self.split(rows[0], right) if _is_whole(left) else rows
+            return _dots(rows, tuple(x.T for x in _loaded(right)))
 
         def run(accumulator: Any) -> Array:
-            _multiply(accumulator, left, _transposed(right))
+            self._multiply_rows(accumulator, left, right)
             if meanwhile is not None:
                 meanwhile()
             return accumulator[...]
@@ -112,8 +115,8 @@ class Warpgroup:
 
         def run(one: Any, other: Any) -> tuple[Any, Array]:
             for accumulator, (left, right) in ((one, first), (other, second)):
-                _multiply(accumulator, left, _transposed(right))
-            under_way = len(pieces.pairs(*second))
+                self._multiply_rows(accumulator, left, right)
+            under_way = len(pieces.pairs(second[1], second[1]))
             result = between(plgpu.wgmma_accumulator_load(one, wait_n=under_way))
             return result, other[...]
 
@@ -142,10 +145,23 @@ class Warpgroup:
 
         def run(accumulators: tuple[Any, Any]) -> None:
             _multiply(accumulators[0], left, right)
-            _multiply(accumulators[1], other[0], _transposed(other[1]))
+            self._multiply_rows(accumulators[1], *other)
 
         zeros = self.zeros(other[1][0].shape[0])
         return pl.run_state(run)((plgpu.ACC.init(total), plgpu.ACC.init(zeros)))
+
+    def _multiply_rows(self, accumulator: Any, left: Tile, right: Tile) -> None:
+        """Starts accumulator += left @ right' of `product`."""
+        if not _is_whole(left):
+            _multiply(accumulator, left, _transposed(right))
+            return
+        for first in range(0, left[0].shape[1], SPLIT_COLUMNS):
+            columns = pl.ds(first, SPLIT_COLUMNS)
+            if first:
+                plgpu.wgmma_wait(0)  # The registers of the last columns are free for these.
+            part = plgpu.load(left[0].at[:, columns], (), layout=_MATRIX)
+            others = tuple(ref.at[:, columns] for ref in right)
+            _multiply(accumulator, self.split(part, right), _transposed(others))
 
     def _load(self, ref: Any, layout: Any) -> Array:
         if self.is_simulated:
@@ -155,6 +171,11 @@ class Warpgroup:
 
     def _cast(self, array: Array, layout: Any) -> Array:
         return array if self.is_simulated else plgpu.layout_cast(array, layout)
+
+
+def _is_whole(tile: Tile) -> bool:
+    """Returns whether a matrix of float32 is not in pieces."""
+    return tile[0].dtype == jnp.float32
 
 
 def _accumulator(right: Tile) -> Any:
