@@ -13,6 +13,13 @@ def untyped() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def no_races(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Fails where an interpreter of kernels tells of a race, which it prints."""
+    yield
+    assert "RACE DETECTED" not in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
     """For programs that are large and run once."""

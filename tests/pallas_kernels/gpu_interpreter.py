@@ -1,11 +1,21 @@
 """The interpreter of Mosaic GPU kernels, made quick enough for tests."""
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax._src.pallas.mosaic.interpret import thread_map
+
+from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels
+from pallas_kernels.targets import Target
+
+HOPPER = Target("cuda", "NVIDIA H200", 90)
+SIMULATED = dataclasses.replace(
+    HOPPER, interpret=dataclasses.replace(kernels.interpreter(), detect_races=True)
+)
+"""Follows what every thread knows of the others, and prints unordered accesses."""
 
 
 def compile_once(monkeypatch: Any) -> None:

@@ -203,6 +203,7 @@ def test_tpu_kernel(name):
 
 
 @pytest.mark.parametrize("name", ["blocks_of_many_tiles", "segments", "over_group_rows"])
+@pytest.mark.usefixtures("no_races")
 def test_tpu_kernel_in_simulated_memory(name):
     """Buffers start as NaN here, and races are errors."""
     with targets.use(Target("tpu", interpret=pltpu.InterpretParams(detect_races=True))):

@@ -22,8 +22,7 @@ from tests.pallas_kernels.test_block_max import CASES, Case
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-HOPPER = Target("cuda", "NVIDIA H200", 90)
-INTERPRETED = dataclasses.replace(HOPPER, interpret=True)
+HOPPER, SIMULATED = gpu_interpreter.HOPPER, gpu_interpreter.SIMULATED
 
 # Small, as each block of a grid takes a second: every feature of the kernel once.
 INTERPRETED_CASES = {
@@ -67,10 +66,11 @@ INTERPRETED_CASES = {
 
 
 @pytest.mark.parametrize("name", INTERPRETED_CASES)
+@pytest.mark.usefixtures("no_races")
 def test_interpreted_kernel(name, monkeypatch):
     gpu_interpreter.compile_once(monkeypatch)
     case = INTERPRETED_CASES[name]
-    with targets.use(INTERPRETED):
+    with targets.use(SIMULATED):
         test_block_max.assert_agree(case, *test_block_max.run(case, "mosaic_gpu"))
 
 
@@ -92,7 +92,7 @@ def test_vmap_of_offsets_and_gradient(monkeypatch):
         queries, offsets = jnp.stack([query, -query, 2 * query]), jnp.asarray([-3, 17, 56])
         return jax.jit(jax.grad(total, has_aux=True))(queries, offsets)
 
-    with targets.use(INTERPRETED):
+    with targets.use(dataclasses.replace(HOPPER, interpret=True)):
         gradient, maxima = run("mosaic_gpu")
     np.testing.assert_array_equal(gradient, 0)
     np.testing.assert_allclose(maxima, run("reference")[1], rtol=1e-4)

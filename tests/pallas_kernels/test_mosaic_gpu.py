@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import BlockMask, Dense, Local
 from pallas_kernels.block_sparse_attention import mosaic_gpu
@@ -25,8 +27,7 @@ from tests.pallas_kernels.kernel_cases import CASES, Case
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-HOPPER = Target("cuda", "NVIDIA H200", 90)
-INTERPRETED = dataclasses.replace(HOPPER, interpret=True)
+HOPPER, SIMULATED = gpu_interpreter.HOPPER, gpu_interpreter.SIMULATED
 
 
 def rule(rule, *lengths, **limits):
@@ -85,14 +86,36 @@ INTERPRETED_CASES = {
 
 
 @pytest.mark.parametrize("name", INTERPRETED_CASES)
+@pytest.mark.usefixtures("no_races")
 def test_interpreted_kernels_agree_with_reference(name, monkeypatch):
-    """All of them, rings, barriers and lists included; only products are simulated."""
+    """All of them, rings, barriers and lists included; only products are simulated.
+
+    Barriers order all that a warpgroup reads and writes, and what TMA does.
+    """
     gpu_interpreter.compile_once(monkeypatch)
     case = INTERPRETED_CASES[name]
     call = kernel_cases.make(case)
-    assert mosaic_gpu.refusal(call, INTERPRETED) is None
-    actual = kernel_cases.results(functools.partial(mosaic_gpu.attend, target=INTERPRETED), call)
+    assert mosaic_gpu.refusal(call, SIMULATED) is None
+    actual = kernel_cases.results(functools.partial(mosaic_gpu.attend, target=SIMULATED), call)
     kernel_cases.assert_agree(actual, kernel_cases.expected(call), case.dtype)
+
+
+def test_races_are_told(capsys):
+    """Two warpgroups write what neither has to wait for."""
+
+    def body(out, shared):
+        shared[...] = jnp.full(ROWS, lax.axis_index("warpgroup"))
+        out[...] = shared[...]
+
+    plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((ROWS,), jnp.int32),
+        scratch_types=[plgpu.SMEM((ROWS,), jnp.int32)],
+        num_threads=2,
+        thread_name="warpgroup",
+        interpret=SIMULATED.interpret,
+    )()
+    assert "RACE DETECTED" in capsys.readouterr().out
 
 
 GEOMETRIES = {

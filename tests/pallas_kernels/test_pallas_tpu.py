@@ -28,7 +28,7 @@ from tests.pallas_kernels.kernel_cases import CASES, Case
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 INTERPRETED = Target("tpu", interpret=True)
-SIMULATED = Target("tpu", interpret=pltpu.InterpretParams())
+SIMULATED = Target("tpu", interpret=pltpu.InterpretParams(detect_races=True))
 # Different for each kernel, and small: rows of several tiles, lists of several entries.
 TILES = [(64, 128), (128, 64), (64, 64)]
 
@@ -94,8 +94,9 @@ def test_heads_of_a_group_share_tiles_where_neighbours_differ(heads):
 
 
 @pytest.mark.parametrize("name", ["pattern_per_query_head", "segments"])
+@pytest.mark.usefixtures("no_races")
 def test_agrees_in_simulated_memory(name):
-    """Buffers start as NaN there, and reading beyond an array is an error."""
+    """Buffers start as NaN there, and races or reading beyond an array are errors."""
     call = kernel_cases.make(CASES[name])
     simulated = functools.partial(attend, target=SIMULATED)
     assert_agrees(call, kernel_cases.results(simulated, call))

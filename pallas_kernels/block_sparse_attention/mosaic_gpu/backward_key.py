@@ -236,6 +236,7 @@ class _Step:
             shift = along_columns(warpgroup.load_columns(statistics.at[1]), ROWS)
             d_raw = softmax.gradient(scores, logits, weights, d_weights, shift)
             d_key = warpgroup.accumulate(d_key, warpgroup.split(d_raw, query), query)
+        plgpu.commit_smem()  # TMA may overwrite what was loaded.
         self.statistics.release(number)
         self.queries.release(number)
         return _Sums(d_key, d_value)

@@ -235,12 +235,12 @@ def start(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=has_barriers,
         ),
-        interpret=_interpreter() if target.interpret is True else target.interpret,
+        interpret=interpreter() if target.interpret is True else target.interpret,
     )(*arrays)
     return tuple(results)
 
 
-def _interpreter() -> Any:
+def interpreter() -> Any:
     """Returns the parameters of the interpreter of Mosaic GPU."""
     if hasattr(plgpu, "InterpretGPUParams"):
         return plgpu.InterpretGPUParams()

@@ -192,7 +192,9 @@ def _multiply(accumulator: Any, left: tuple[Any, ...], right: Tile) -> None:
 
 
 def _loaded(tile: Tile) -> tuple[Array, ...]:
-    return tuple(ref[...] for ref in tile)
+    arrays = tuple(ref[...] for ref in tile)
+    plgpu.commit_smem()  # WGMMA reads in the order of TMA, loads do not.
+    return arrays
 
 
 def _dots(left: tuple[Array, ...], right: tuple[Array, ...]) -> Array:
