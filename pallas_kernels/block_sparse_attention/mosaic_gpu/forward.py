@@ -151,6 +151,8 @@ class _Step:
         total, running = state
         warpgroup, scores = self.rows.warpgroup, self.plan.scores
         key = self.keys.wait(number)
+        # Not from registers, which would halve what the product reads: the assembler that
+        # Mosaic brings (CUDA 12.9's as well, 13.5's not) overwrites them for the next step.
         raw = warpgroup.product(self.queries, key, meanwhile=self.turns.swap)
         self.keys.release(number)
         logits = softmax.raw_logits(scores, raw)
