@@ -36,7 +36,7 @@ class Options:
     """How arrays are cut, who works on what, and the depths of the rings that TMA fills.
 
     Attributes:
-        pieces: arrays of 16 bits whose sum an array is that TMA streams.
+        pieces: arrays of 16 bits whose sum a streamed array is.
         forward_heads: query heads of a block of the forward kernel's grid, which have one
             list: each warpgroup computes the same rows of another head.
         d_query_heads: the same in the kernel for dQ.
