@@ -177,7 +177,7 @@ def test_attention_on_tpu(case):
 def test_attention_on_hopper(case, monkeypatch):
     """In float16, as WGMMA would round float32."""
     gpu_interpreter.compile_once(monkeypatch)
-    with targets.use(Target("cuda", "NVIDIA H200", 90, interpret=True)):
+    with targets.use(gpu_interpreter.INTERPRETED):
         compare_attention(case, "mosaic_gpu", np.float16, 4 * np.finfo(np.float16).eps)
 
 

@@ -40,7 +40,7 @@ class Way:
         return f"{self.implementation}-{self.dtype}"
 
 
-HOPPER = Target("cuda", "NVIDIA H200", 90, interpret=True)
+HOPPER = gpu_interpreter.INTERPRETED
 WAYS = [
     Way("reference", "float64", 1e-6),
     Way("xla", "float64", 1e-6),

@@ -1,4 +1,4 @@
-"""The interpreter of Mosaic GPU kernels, made quick enough for tests."""
+"""The interpreter of Mosaic GPU kernels: made quick enough for tests, and to tell of races."""
 
 import dataclasses
 import threading
@@ -12,6 +12,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels
 from pallas_kernels.targets import Target
 
 HOPPER = Target("cuda", "NVIDIA H200", 90)
+INTERPRETED = dataclasses.replace(HOPPER, interpret=True)
 SIMULATED = dataclasses.replace(
     HOPPER, interpret=dataclasses.replace(kernels.interpreter(), detect_races=True)
 )

@@ -92,7 +92,7 @@ def test_vmap_of_offsets_and_gradient(monkeypatch):
         queries, offsets = jnp.stack([query, -query, 2 * query]), jnp.asarray([-3, 17, 56])
         return jax.jit(jax.grad(total, has_aux=True))(queries, offsets)
 
-    with targets.use(dataclasses.replace(HOPPER, interpret=True)):
+    with targets.use(gpu_interpreter.INTERPRETED):
         gradient, maxima = run("mosaic_gpu")
     np.testing.assert_array_equal(gradient, 0)
     np.testing.assert_allclose(maxima, run("reference")[1], rtol=1e-4)

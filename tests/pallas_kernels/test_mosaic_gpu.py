@@ -281,8 +281,9 @@ def test_plans_fit_shared_memory(head_dim, dtype):
     case = dataclasses.replace(CASES["bfloat16"], head_dim=head_dim, dtype=jnp.dtype(dtype))
     call = kernel_cases.make(case)
     plans = mosaic_gpu.plans(call, HOPPER)
-    # Wide heads of float32 leave room for one.
-    assert len(set(plans)) == len(plans) >= (1 if dtype == "float32" else 2)
+    # Wide heads of float32 may leave room for one.
+    is_wide = dtype == "float32" and head_dim > 128
+    assert len(set(plans)) == len(plans) >= (1 if is_wide else 2)
     sizes = tuning.tiles(call)
     assert sizes == tuple((t.query_tile, t.key_tile) for t in tilings(plans[0]))
     head = -(-head_dim // 64) * 64

@@ -30,7 +30,7 @@ TARGETS = {
     "reference": (Target("cpu"), jnp.float32),
     "xla": (Target("cpu"), jnp.float32),
     "pallas_tpu": (Target("tpu", interpret=True), jnp.float32),
-    "mosaic_gpu": (Target("cuda", "NVIDIA H200", 90, interpret=True), jnp.bfloat16),
+    "mosaic_gpu": (gpu_interpreter.INTERPRETED, jnp.bfloat16),
 }
 
 

@@ -78,9 +78,8 @@ class Ring:
 def tile_scratch(shape: tuple[int, ...], dtype: Any, pieces: int) -> Any:
     """Returns shared memory for tiles [*count, rows, H] as WGMMA and TMA want them.
 
-    A swizzled row holds the columns, or rows, that a product takes at once. pieces says how
-    many matrices stand for one in the kernel: the columns of a float32 one that are taken
-    at once, and their pieces, lie in registers.
+    A swizzled row is as wide as what a product takes at once: 64 columns, or where a matrix
+    has several pieces, those `SPLIT_COLUMNS` of it that are in registers with their pieces.
     """
     columns = 64 if pieces == 1 else SPLIT_COLUMNS
     swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
