@@ -28,6 +28,7 @@ from pallas_kernels.bench.contenders import BASELINES, Contender, Prepared, Unav
 from pallas_kernels.bench.report import PASSES, Result, markdown, save
 from pallas_kernels.bench.timing import device, median_ms
 from pallas_kernels.block_sparse_attention.selection import IMPLEMENTATIONS
+from pallas_kernels.checks import check_integer
 
 _OURS, _DENSE = "ours", " dense"
 
@@ -108,6 +109,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     try:
         cases(args)
+        check_integer("rounds", args.rounds)
     except ValueError as error:
         parser.error(str(error))
     return args

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.block_mask import BlockMask
+from pallas_kernels.checks import check_integer
 from pallas_kernels.rules import Dense
 
 
@@ -26,7 +27,8 @@ class Case:
         dtype: name of the dtype of query, key and value.
 
     Raises:
-        ValueError: length is no multiple of block_size, or kv_heads does not divide.
+        ValueError: a size is not positive, density not above 0 and at most 1, length no
+            multiple of block_size, or kv_heads does not divide.
     """
 
     length: int
@@ -38,6 +40,10 @@ class Case:
     dtype: str
 
     def __post_init__(self) -> None:
+        for name in ("length", "head_dim", "heads", "kv_heads", "block_size"):
+            check_integer(name, getattr(self, name))
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density} must be above 0 and at most 1")
         if self.length % self.block_size:
             raise ValueError(f"length={self.length} must be a multiple of {self.block_size}")
         if self.heads % self.kv_heads:

@@ -72,6 +72,13 @@ def test_command(tmp_path, capsys):
     ("options", "message"),
     [
         ("--lengths 100", "length=100 must be a multiple of 64"),
+        ("--lengths 0", "length=0 must be at least 1"),
+        ("--densities 0", "density=0.0 must be above 0 and at most 1"),
+        ("--densities 1.5", "density=1.5 must be above 0"),
+        ("--head-dims -8", "head_dim=-8 must be at least 1"),
+        ("--kv-heads 0", "kv_heads=0 must be at least 1"),
+        ("--block-size 0", "block_size=0 must be at least 1"),
+        ("--rounds 0", "rounds=0 must be at least 1"),
         ("--heads 6 --kv-heads 4", "kv_heads=4 must divide heads=6"),
         ("--implementations flash", "invalid choice: 'flash'"),
     ],
