@@ -12,7 +12,7 @@ class ConfigError(ValueError):
 
 
 class NonFiniteError(ArithmeticError):
-    """Training met a loss or a gradient that is not a finite number."""
+    """A loss, a gradient or a parameter is not a finite number."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

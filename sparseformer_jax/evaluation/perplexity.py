@@ -12,6 +12,7 @@ from tqdm import tqdm
 from sparseformer_jax import config as config_lib
 from sparseformer_jax import data, mesh
 from sparseformer_jax.build import make_tokenizer
+from sparseformer_jax.checks import NonFiniteError
 from sparseformer_jax.model.loss import cross_entropy
 from sparseformer_jax.training.batches import DeviceBatch, place
 from sparseformer_jax.training.metrics import perplexity
@@ -46,6 +47,9 @@ class Evaluator:
 
         with tokens per byte counted over the whole split; density is the mean attended
         fraction over layers.
+
+        Raises:
+          NonFiniteError: the loss is not a finite number.
         """
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), mesh.spec("batch", "seq"))
         batches = data.eval_batches(
@@ -65,6 +69,12 @@ class Evaluator:
         columns = zip(*jax.device_get(sums), strict=True)
         nll, tokens, density = (math.fsum(column) for column in columns)
         loss = nll / tokens
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"evaluation loss is {loss} over {tokens:.0f} tokens: these parameters predict "
+                "nothing; take an earlier checkpoint, or train with a lower "
+                "optimizer.learning_rate"
+            )
         tokens_per_byte = self._corpus.num_predicted_tokens / self._corpus.num_bytes
         return {
             "loss": loss,
@@ -88,6 +98,7 @@ def evaluate_checkpoint(
 
     Raises:
       ValueError: there is no such checkpoint, or it does not fit the config.
+      NonFiniteError: its loss is not a finite number.
     """
     split = split or config.eval.split
     with jax.set_mesh(mesh.make_mesh(config_lib.resolve_mesh(config.mesh, jax.device_count()))):

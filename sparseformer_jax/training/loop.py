@@ -22,6 +22,9 @@ from sparseformer_jax.training.preemption import Preemption
 from sparseformer_jax.training.state import ModelDef, TrainState, abstract_state, init_state
 from sparseformer_jax.training.step import make_train_step
 
+# Numbers of a step that must be finite before its state is saved or used again.
+FINITE = ("total_loss", "grad_norm", "update_norm", "param_norm")
+
 
 def train(config: ConfigDict, workdir: Path, *, accept_changed_config: bool = False) -> None:
     """Trains a model from a validated config, resuming what the workdir holds.
@@ -31,7 +34,8 @@ def train(config: ConfigDict, workdir: Path, *, accept_changed_config: bool = Fa
 
     Raises:
       ValueError: the workdir holds a run of another config and that is not accepted.
-      NonFiniteError: a loss or gradient is not finite; the last good checkpoint stays.
+      NonFiniteError: a loss, gradient or parameter is not finite; the last good checkpoint
+        stays.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -141,9 +145,9 @@ class Run:
 
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
         """Checks the numbers of a step, and writes them when due."""
-        loss, norm = float(metrics["total_loss"]), float(metrics["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFiniteError(self._describe_failure(step, loss, norm, metrics))
+        checked = {name: float(metrics[name]) for name in FINITE}
+        if not all(map(math.isfinite, checked.values())):
+            raise NonFiniteError(self._describe_failure(step, checked, metrics["nonfinite"]))
         num_steps = self.config.train.num_steps
         if step % self.config.train.log_every and step not in (num_steps, self.first_step + 1):
             return
@@ -154,16 +158,19 @@ class Run:
         self._writer.train(step, numbers, eta=(num_steps - step) * seconds)
 
     def _describe_failure(
-        self, step: int, loss: float, norm: float, metrics: dict[str, Any]
+        self, step: int, checked: dict[str, float], nonfinite: dict[str, Any]
     ) -> str:
-        nonfinite = jax.device_get(metrics["nonfinite"])
-        names = [name for name, bad in nonfinite.items() if bad]
-        where = f"{len(names)} of {len(nonfinite)} gradients are not finite: {', '.join(names[:4])}"
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in checked.items())
+        names = [name for name, bad in jax.device_get(nonfinite).items() if bad]
+        where = (
+            f"{len(names)} of {len(nonfinite)} parameters or their gradients are not finite: "
+            f"{', '.join(names[:4])}"
+        )
         self.checkpoints.wait()
         latest = self.checkpoints.latest_step
         kept = f"the last good checkpoint is step {latest}" if latest else "there is no checkpoint"
         return (
-            f"step {step}: loss is {loss}, gradient norm is {norm}; {where}; {kept} in "
+            f"step {step}: {numbers}; {where}; {kept} in "
             f"{self.checkpoints.directory}; lower optimizer.learning_rate or set "
             "optimizer.clip_norm"
         )

@@ -87,11 +87,14 @@ class MetricWriter:
 
     def _write(self, step: int, kind: str, numbers: Mapping[str, float]) -> None:
         named = {f"{kind}/{name}": value for name, value in numbers.items()}
-        self._file.write(json.dumps({"step": step, **named}) + "\n")
+        # Strict JSON has no NaN and no Infinity: null, as of a perplexity that overflows.
+        finite = {name: x if math.isfinite(x) else None for name, x in named.items()}
+        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
-            for name, value in named.items():
-                self._tensorboard.add_scalar(name, value, step)
+            for name, value in finite.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
 
 
 class Clock:

@@ -25,7 +25,9 @@ def make_train_step(
 
         sum_i w_i (nll_i + z_loss log(Z_i)^2) / sum_i w_i + auxiliary losses
 
-    Metrics are scalars, but for "nonfinite": parameter name -> whether its gradient is.
+    Metrics are scalars, but for "nonfinite": parameter name -> whether its gradient, or the
+    square of its new value, is. Norms are global, over the trainable parameters: "grad_norm"
+    before clipping, "update_norm" of what is added, "param_norm" after it is added.
     """
     train = model_def.config.train
     names = model_def.trainable()
@@ -53,17 +55,21 @@ def make_train_step(
             return grad(trainable, state.params, piece, rng, total)
 
         grads, metrics = _accumulate(gradients, batch, rng)
-        square_norms = {name: jnp.sum(jnp.square(g)) for name, g in grads.items()}
-        norm = jnp.sqrt(sum(square_norms.values()))
+        grad_squares = _squares(grads)
+        norm = _norm(grad_squares)
         grads = _clip(grads, norm, model_def.config.optimizer.clip_norm)
         updates, opt_state = _update(optimizer, grads, state.opt_state, trainable)
-        params = {**state.params, **optax.apply_updates(trainable, updates)}
+        updated = optax.apply_updates(trainable, updates)
+        squares = _squares(updated)
         metrics |= {
             "grad_norm": norm,
+            "update_norm": _norm(_squares(updates)),
+            "param_norm": _norm(squares),
             "learning_rate": schedule(state.step),
             "tokens": total,
-            "nonfinite": {name: ~jnp.isfinite(s) for name, s in square_norms.items()},
+            "nonfinite": {n: ~jnp.isfinite(grad_squares[n] + squares[n]) for n in names},
         }
+        params = {**state.params, **updated}
         return dataclasses.replace(
             state, step=state.step + 1, params=params, opt_state=opt_state
         ), metrics
@@ -85,6 +91,16 @@ def _accumulate(
 
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, first, rng))
     return jax.lax.scan(add, zeros, (batch, jax.random.split(rng, pieces)))[0]
+
+
+def _squares(tree: Params) -> dict[str, jax.Array]:
+    """The squared norm of every array, summed in float32."""
+    return {name: jnp.sum(jnp.square(x.astype(jnp.float32))) for name, x in tree.items()}
+
+
+def _norm(squares: dict[str, jax.Array]) -> jax.Array:
+    """The norm of all arrays together."""
+    return jnp.sqrt(sum(squares.values()))
 
 
 def _clip(grads: Params, norm: jax.Array, limit: float) -> Params:

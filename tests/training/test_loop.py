@@ -102,16 +102,43 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(run, finished):
         evaluate_checkpoint(run, finished / "nowhere")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
-    """The step after the jump is nan; what was saved before it stays the last."""
+def diverging(config, rate):
+    """A run whose updates have this size, saved step by step."""
     config.optimizer.schedule = "constant"
-    config.optimizer.learning_rate = 1e30
+    config.optimizer.learning_rate = rate
     config.optimizer.warmup_steps = 0
     config.checkpoint.every = 1
-    with pytest.raises(
-        NonFiniteError, match=r"step 2: loss is .*gradients are not finite: .*/"
-    ) as error:
-        loop.train(config, tmp_path)
-    assert "the last good checkpoint is step 1" in str(error.value)
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest_step == 1
+    return config
+
+
+def fail(config, workdir, match):
+    """Trains until it fails, with one line; returns that and the last step saved."""
+    with pytest.raises(NonFiniteError, match=match) as error:
+        loop.train(config, workdir)
+    assert "\n" not in str(error.value)
+    with Checkpoints(workdir) as checkpoints:
+        return str(error.value), checkpoints.latest_step
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+    """Parameters of 1e16 are finite, what attention makes of them is not."""
+    match = r"step 2: total_loss nan, .*gradients are not finite: .*/"
+    message, latest = fail(diverging(config, 1e16), tmp_path, match)
+    assert latest == 1
+    assert "the last good checkpoint is step 1" in message
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e38])
+def test_destroyed_parameters_are_not_saved(config, tmp_path, rate):
+    """Loss and gradients of the step were fine: they were taken before the update."""
+    match = r"step 1: total_loss 5\.\d+, .*param_norm (inf|nan)"
+    message, latest = fail(diverging(config, rate), tmp_path, match)
+    assert latest is None
+    assert "there is no checkpoint" in message
+
+
+def test_a_run_does_not_finish_with_an_evaluation_of_nan(config, tmp_path):
+    config.train.num_steps = 1
+    _, latest = fail(diverging(config, 1e16), tmp_path, "evaluation loss is nan over")
+    assert latest is None
+    assert [set(line) & {"eval/loss"} for line in read(tmp_path)] == [set()]

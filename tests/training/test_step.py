@@ -125,6 +125,20 @@ def test_clipping_bounds_the_gradient(plain, batch):
     np.testing.assert_allclose(steps[0.05], steps[0.0] * 0.05 / norm, rtol=1e-5)
 
 
+def test_norms_are_those_of_the_trainable_parameters(plain, batch):
+    plain.train.trainable = r"/(query|mlp_norm)/"
+    _, _, before = train(plain, {}, batch, num_steps=1)
+    _, metrics, after = train(plain, {}, batch, num_steps=2)
+    names = [name for name in after.params if "/query/" in name or "/mlp_norm/" in name]
+
+    def norm(arrays):
+        return np.linalg.norm(np.concatenate([np.float64(x).ravel() for x in arrays]))
+
+    moves = [after.params[name] - before.params[name] for name in names]
+    np.testing.assert_allclose(metrics["param_norm"], norm(after.params[n] for n in names), 1e-6)
+    np.testing.assert_allclose(metrics["update_norm"], norm(moves), 1e-4)
+
+
 def test_metrics_name_what_is_not_finite(plain, batch):
     plain.model.logits_soft_cap = None
     plain.train.z_loss = 1e38

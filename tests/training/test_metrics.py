@@ -1,0 +1,28 @@
+"""What the metric writer leaves on disk."""
+
+import json
+import math
+
+from sparseformer_jax.training import metrics
+
+
+def strict(line):
+    """A line of JSON as the standard has it: NaN and Infinity are no numbers."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_lines_are_strict_json(tmp_path, capsys):
+    writer = metrics.MetricWriter(tmp_path, 0, 10, is_primary=True)
+    writer.train(1, {"loss": 2.5, "odd": math.nan}, eta=math.nan)
+    writer.evaluation(1, {"loss": 1e3, "perplexity": metrics.perplexity(1e3)})
+    writer.close()
+    lines = [strict(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "train/loss": 2.5, "train/odd": None},
+        {"step": 1, "eval/loss": 1000.0, "eval/perplexity": None},
+    ]
+    assert "perplexity inf" in capsys.readouterr().out
