@@ -1,5 +1,6 @@
 """The commands: train, evaluate and sample, from flags, with one line for a user's mistake."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -38,6 +39,8 @@ Continues a prompt with a trained model.
 
   python -m sparseformer_jax.generate --workdir=/tmp/run --prompt="def "
   python -m sparseformer_jax.generate --workdir=/tmp/run --temperature=0 --num_tokens=80
+
+An installed package has the same command as `sparseformer-generate`.
 """
 
 _CONFIG_HELP = """\
@@ -139,9 +142,9 @@ def _sample(own: flags.FlagValues, argv: list[str]) -> None:
     _override(config, own, argv)
     _start_jax(own)
     _validate(config)
-    from sparseformer_jax import generate
+    from sparseformer_jax.generation import sampling
 
-    text = generate.generate(
+    pieces = sampling.stream(
         config,
         pathlib.Path(own.workdir),
         own.prompt,
@@ -150,7 +153,9 @@ def _sample(own: flags.FlagValues, argv: list[str]) -> None:
         seed=own.seed,
         step=own.step,
     )
-    print(text)
+    for piece in itertools.chain([own.prompt], pieces, ["\n"]):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
 
 
 def _run(

@@ -33,13 +33,13 @@ def calls(monkeypatch) -> list[tuple]:
         made.append((config, workdir, step, split))
         return {"step": 5, "loss": 1.5}
 
-    def generate(config, workdir, prompt, **options) -> str:
+    def stream(config, workdir, prompt, **options) -> list[str]:
         made.append((config, prompt, options))
-        return prompt + " and eggs"
+        return [" and", " eggs"]
 
     stub("training.loop", train=train)
     stub("evaluation.perplexity", evaluate_checkpoint=evaluate_checkpoint)
-    stub("generate", generate=generate)
+    stub("generation.sampling", stream=stream)
     stub("describe", describe=lambda config: f"{config.model.num_layers} layers")
     monkeypatch.setattr(cli, "_start_jax", lambda own: None)
     return made

@@ -9,7 +9,7 @@ import pytest
 
 from sparseformer_jax.checks import ConfigError, NonFiniteError
 from sparseformer_jax.evaluation.perplexity import evaluate_checkpoint
-from sparseformer_jax.generate import generate
+from sparseformer_jax.generation.sampling import generate
 from sparseformer_jax.training import loop
 from sparseformer_jax.training.checkpoint import Checkpoints
 
