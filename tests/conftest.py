@@ -1,7 +1,14 @@
-"""Settings of the whole suite: eight simulated CPU devices, no network, no skips."""
+"""Settings of the whole suite: eight simulated CPU devices, no network, no skips.
+
+A machine that is lent for its accelerator may lack what only the suite or the trainer needs.
+Without beartype shapes are not checked, without the trainer's data libraries only
+tests/pallas_kernels is collected; the header says so, and `--no-skips` refuses both.
+"""
 
 import importlib
+import importlib.util
 import os
+import pathlib
 import random
 import shutil
 import sys
@@ -18,8 +25,11 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
 # Workers and the processes that tests start inherit the folder, and compile nothing twice.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="xla-cache-")
+# Every worker would take three quarters of the memory of the one GPU that all share.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from absl import flags
@@ -27,6 +37,18 @@ from absl import flags
 jax.config.update("jax_num_cpu_devices", 8)
 # Libraries read absl's flags, which nothing parses here.
 flags.FLAGS.mark_as_parsed()
+
+
+def _missing(*modules: str) -> list[str]:
+    return [name for name in modules if importlib.util.find_spec(name) is None]
+
+
+_KERNEL_TESTS = pathlib.Path(__file__).parent / "pallas_kernels"
+_UNCHECKED = _missing("beartype")
+_UNCOLLECTED = _missing("array_record", "grain", "ml_collections", "tensorflow_datasets")
+if not _UNCHECKED:
+    # Before the packages are imported: it rewrites them.
+    jaxtyping.install_import_hook(["sparseformer_jax", "pallas_kernels"], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -57,6 +79,38 @@ def add_attention(tmp_path, monkeypatch) -> Iterator[Callable[[str, str], None]]
     for name in added:
         sys.modules.pop(f"sparseformer_jax.attention.{name}", None)
         vars(package).pop(name, None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (_UNCHECKED or _UNCOLLECTED) and config.getoption("--no-skips"):
+        missing = ", ".join(_UNCHECKED + _UNCOLLECTED)
+        raise pytest.UsageError(f"--no-skips: install what is missing: {missing}")
+    if not _UNCHECKED:
+        # flax annotates nnx.State with typing.Hashable.
+        config.addinivalue_line(
+            "filterwarnings",
+            "ignore:.*typing.Hashable deprecated:"
+            "beartype.roar.BeartypeDecorHintPep585DeprecationWarning",
+        )
+    if os.environ["JAX_PLATFORMS"] != "cpu":
+        # Tests of the accelerator are one file, which loadscope would leave to one worker.
+        config.option.dist = config.option.dist.replace("loadscope", "worksteal")
+
+
+def pytest_report_header() -> list[str]:
+    lines = []
+    if _UNCHECKED:
+        lines.append("shapes are not checked: beartype is not installed")
+    if _UNCOLLECTED:
+        lines.append(f"only {_KERNEL_TESTS.name}: {', '.join(_UNCOLLECTED)} not installed")
+    return lines
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
+    """Leaves out what could not be imported: all but the kernels' tests, and folders above them."""
+    is_kernels = collection_path.is_relative_to(_KERNEL_TESTS)
+    is_above = _KERNEL_TESTS.is_relative_to(collection_path)
+    return True if _UNCOLLECTED and not (is_kernels or is_above) else None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

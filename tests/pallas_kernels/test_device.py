@@ -1,6 +1,6 @@
 """What interpreters and compilers cannot show: the kernels on the machine at hand.
 
-    JAX_PLATFORMS=cuda,cpu pytest -m device -n 0 -rs
+    JAX_PLATFORMS=cuda,cpu pytest -m device -n 8 -rs
 
 A kernel that cannot run there is skipped with its own reason. Truths are computed on the
 host, in float64.
