@@ -12,6 +12,9 @@ from pallas_kernels.targets import Target
 
 Grid = tuple[int, int, int]
 
+OLDEST, NEWEST = (3, 6), (3, 9)
+"""The versions of Triton that compile the kernels, as setup.cfg asks for them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
@@ -35,7 +38,9 @@ def refusal() -> str | None:
         return f'jax_triton cannot be imported: pip install "sparseformer_jax[triton]" ({error})'
     if not jax_triton.triton_lib.CAN_USE_TRITON:
         return 'triton cannot be imported: pip install "sparseformer_jax[triton]"'
-    return None
+    import triton
+
+    return _refusal_of_version(triton.__version__)
 
 
 def call(
@@ -76,3 +81,11 @@ def call(
         **constants,
     )
     return tuple(results)
+
+
+def _refusal_of_version(version: str) -> str | None:
+    major, minor, *_ = version.split(".")
+    if OLDEST <= (int(major), int(minor)) <= NEWEST:
+        return None
+    oldest, newest = ("{}.{}".format(*limit) for limit in (OLDEST, NEWEST))
+    return f'triton {version} must be {oldest} to {newest}: pip install "sparseformer_jax[triton]"'

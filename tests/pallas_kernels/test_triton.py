@@ -1,6 +1,8 @@
 """What needs neither Triton nor PyTorch: reasons to refuse, and the choice of tiles."""
 
+import pathlib
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +67,27 @@ def test_a_missing_extra_is_named(monkeypatch):
     triton_call.refusal.cache_clear()
     assert 'pip install "sparseformer_jax[triton]"' in triton_call.refusal()
     triton_call.refusal.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("3.5.1", False), ("3.6.0", True), ("3.9.1+git1", True), ("3.10.0", False), ("4.0.0", False)],
+)
+def test_other_versions_of_triton_are_refused(monkeypatch, version, fits):
+    usable = types.SimpleNamespace(triton_lib=types.SimpleNamespace(CAN_USE_TRITON=True))
+    monkeypatch.setitem(sys.modules, "jax_triton", usable)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    triton_call.refusal.cache_clear()
+    reason = f'triton {version} must be 3.6 to 3.9: pip install "sparseformer_jax[triton]"'
+    assert triton_call.refusal() == (None if fits else reason)
+    triton_call.refusal.cache_clear()
+
+
+def test_setup_asks_for_the_versions_that_are_not_refused():
+    (major, oldest), (_, newest) = triton_call.OLDEST, triton_call.NEWEST
+    setup = pathlib.Path(__file__).parents[2].joinpath("setup.cfg").read_text(encoding="utf-8")
+    asked = [line.strip() for line in setup.splitlines() if line.strip().startswith("triton>")]
+    assert set(asked) == {f"triton>={major}.{oldest},<{major}.{newest + 1}"}
 
 
 @pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 100, 103, 120])

@@ -37,7 +37,7 @@ def block_max(
     at += tl.arange(0, spec.columns_in_tile)[None, :]
     q, position, log_total, tokens = _queries(query, lse, offset, batch, head, row, 0, spec)
     for column in range(tl.load(starts + row), tl.load(stops + row)):
-        best = tl.zeros([spec.rows, spec.columns_in_tile], tl.float32)
+        best = tl.full([spec.rows, spec.columns_in_tile], 0.0, tl.float32)
         for part in range(spec.parts):
             if spec.parts > 1:
                 q, position, log_total, tokens = _queries(
@@ -50,7 +50,9 @@ def block_max(
                 others = batch * spec.keys + index
                 k = _load(key, others * spec.kv_heads + head // spec.heads_per_key, spec)
                 raw = tl.dot(q, tl.trans(k), input_precision=spec.precision)
-                seen = _seen(position[:, None], _token(index, spec.key_axis)[None, :], spec)
+                seen = _seen(
+                    position[:, None], _token(index, tl.constexpr(spec.key_axis))[None, :], spec
+                )
                 if spec.has_segments:
                     ids = tl.load(query_ids + tokens)
                     seen &= ids[:, None] == tl.load(key_ids + others)[None, :]
@@ -78,7 +80,7 @@ def _queries(
     index = tile * spec.query_tile + tl.arange(0, spec.query_tile)
     tokens = batch * spec.queries + index
     heads = tokens * spec.heads + (head * spec.heads_per_row + part // spec.query_pieces)
-    position = tl.load(offset) + _token(index, spec.query_axis)
+    position = tl.load(offset) + _token(index, tl.constexpr(spec.query_axis))
     return _load(query, heads, spec), position, tl.load(lse + heads) * _LOG2_E, tokens
 
 

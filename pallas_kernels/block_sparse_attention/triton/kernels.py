@@ -65,8 +65,8 @@ def forward(
     q = load_queries(query + start, spec)
     i, j = tl.arange(0, spec.query_tile), tl.arange(0, spec.key_tile)[None, :]
     peak = tl.full([spec.query_tile], _LOWEST, tl.float32)
-    total = tl.zeros([spec.query_tile], tl.float32)
-    mixed = tl.zeros([spec.query_tile, spec.head_width], tl.float32)
+    total = tl.full([spec.query_tile], 0.0, tl.float32)
+    mixed = tl.full([spec.query_tile, spec.head_width], 0.0, tl.float32)
     following = tl.load(tiles + entries)
     for slot in range(count):
         other, word = following, tl.load(bits + entries + slot)
@@ -120,7 +120,7 @@ def d_query(
     i, j = tl.arange(0, spec.query_tile), tl.arange(0, spec.key_tile)[None, :]
     rows = row_start(batch, head, spec) + tile * spec.query_tile + i
     log_total, mean = tl.load(lse + rows)[:, None] * _LOG2_E, tl.load(shift + rows)[:, None]
-    d_q = tl.zeros([spec.query_tile, spec.head_width], tl.float32)
+    d_q = tl.full([spec.query_tile, spec.head_width], 0.0, tl.float32)
     following = tl.load(tiles + entries)
     for slot in range(count):
         other, word = following, tl.load(bits + entries + slot)
@@ -165,8 +165,8 @@ def d_key(
     start = key_start(batch, kv_head, tile, spec)
     k, v = load_keys(key + start, spec), load_keys(value + start, spec)
     i, j = tl.arange(0, spec.query_tile), tl.arange(0, spec.key_tile)[:, None]
-    d_k = tl.zeros([spec.key_tile, spec.head_width], tl.float32)
-    d_v = tl.zeros([spec.key_tile, spec.head_width], tl.float32)
+    d_k = tl.full([spec.key_tile, spec.head_width], 0.0, tl.float32)
+    d_v = tl.full([spec.key_tile, spec.head_width], 0.0, tl.float32)
     for head in range(kv_head * spec.group, (kv_head + 1) * spec.group):
         entries, count = listed(counts, batch, head, tile, spec)
         queries = query_start(batch, head, 0, spec)
