@@ -118,7 +118,7 @@ def compile_ratio(config: ConfigDict) -> dict[str, float]:
 def compiled_step(config: ConfigDict, *, run_init: bool = True) -> tuple[Any, Any, Any]:
     """Returns the compiled training step, with a state and a batch of zeros to call it on."""
     model_def = ModelDef(config)
-    trainable = {name: model_def.variables[name] for name in model_def.trainable()}
+    trainable = {name: model_def.params[name] for name in model_def.trainable()}
     optimizer = make_optimizer(config.optimizer, config.train.num_steps, trainable)
     schedule = make_schedule(config.optimizer, config.train.num_steps)
     device_mesh = jax.sharding.get_mesh()

@@ -42,17 +42,17 @@ def costs(config: ConfigDict, model_def: ModelDef) -> Costs:
     key it attends to.
     """
     model, seq_len = config.model, config.data.seq_len
-    variables = model_def.variables
-    weights = sum(v.size for v in variables.values() if "in_dims" in v.get_metadata())
+    params, variables = model_def.params, model_def.variables
+    weights = sum(v.size for v in params.values() if "in_dims" in v.get_metadata())
     if model.tie_embeddings:
         weights += model.vocab_size * model.embed_dim
     keys = (seq_len + 1) / 2 if model.is_causal else seq_len
-    layers = attention_layers(model_def.merge(variables))
+    layers = attention_layers(model_def.model(params, variables, 0))
     densities = tuple(layer.density(seq_len) for layer in layers)
     attention = 4 * model.num_heads * model.head_dim * keys * sum(densities)
     return Costs(
-        parameters=sum(v.size for v in variables.values()),
-        trainable=sum(variables[name].size for name in model_def.trainable()),
+        parameters=sum(v.size for v in params.values()),
+        trainable=sum(params[name].size for name in model_def.trainable()),
         forward_flops=2 * weights + attention,
         densities=densities,
     )
@@ -106,7 +106,7 @@ def describe(config: ConfigDict) -> str:
 def _memory(config: ConfigDict, model_def: ModelDef) -> tuple[int, int]:
     """Bytes of the state and of all temporaries on one device."""
     num_steps = config.train.num_steps
-    trainable = {name: model_def.variables[name] for name in model_def.trainable()}
+    trainable = {name: model_def.params[name] for name in model_def.trainable()}
     optimizer = make_optimizer(config.optimizer, num_steps, trainable)
     step = make_train_step(model_def, optimizer, make_schedule(config.optimizer, num_steps))
     device_mesh = jax.sharding.get_mesh()

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from sparseformer_jax import mesh
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.layers import Norm, Projection, residual_scale, rotary
+from sparseformer_jax.model.read_only import read_only
 
 # Segments of queries [B, T] and keys [B, S]; a query sees its own segment only.
 SegmentIds = tuple[Int[Array, "B T"], Int[Array, "B S"]]
@@ -175,7 +176,9 @@ class Attention(nnx.Module):
                 head_offset=_axis_index("tensor") * query.shape[2],
                 num_heads=self.config.num_heads,
             )
-            attended = nnx.merge(graphdef, state).attend(query, key, value, ids, shard, rng)
+            module = nnx.merge(graphdef, state)
+            with read_only(module):
+                attended = module.attend(query, key, value, ids, shard, rng)
             means = jax.lax.pmean((attended.losses, attended.diagnostics), mesh.AXES)
             return AttentionOutput(attended.output, *means)
 

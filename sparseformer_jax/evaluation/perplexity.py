@@ -16,12 +16,12 @@ from sparseformer_jax.checks import NonFiniteError
 from sparseformer_jax.model.loss import cross_entropy
 from sparseformer_jax.training.batches import DeviceBatch, place
 from sparseformer_jax.training.metrics import perplexity
-from sparseformer_jax.training.restore import restore_params
-from sparseformer_jax.training.state import ModelDef, Params
+from sparseformer_jax.training.restore import restore_state
+from sparseformer_jax.training.state import ModelDef, TrainState
 
 
 class Evaluator:
-    """Evaluates parameters on the first batches of a split, in order.
+    """Evaluates a state on the first batches of a split, in order.
 
     Windows of `data.seq_len` tokens do not overlap; a token is predicted from those of
     its own document in its window.
@@ -30,17 +30,16 @@ class Evaluator:
     def __init__(self, config: ConfigDict, model_def: ModelDef, corpus: data.Corpus) -> None:
         self._config, self._corpus = config, corpus
 
-        def step(params: Params, batch: DeviceBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-            output = model_def.merge(params)(
-                batch["inputs"], batch["positions"], batch["segment_ids"]
-            )
+        def step(state: TrainState, batch: DeviceBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+            model = model_def.model(state.params, state.variables, state.step)
+            output = model(batch["inputs"], batch["positions"], batch["segment_ids"])
             nll, _ = cross_entropy(output.logits, batch["targets"], batch["weights"])
             density = jnp.mean(output.diagnostics.get("density", jnp.ones(1)))
             return nll, jnp.sum(batch["weights"]), density
 
         self._step = jax.jit(step)
 
-    def __call__(self, params: Params) -> dict[str, float]:
+    def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns loss (nats per token), perplexity, bits_per_byte, tokens and density.
 
             perplexity = exp(loss)    bits_per_byte = loss / ln 2 * tokens / bytes
@@ -63,7 +62,7 @@ class Evaluator:
         quiet = not (mesh.is_primary() and sys.stderr.isatty())
         sums = []
         for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=quiet):
-            sums.append(self._step(params, place(batch, sharding)))
+            sums.append(self._step(state, place(batch, sharding)))
             # Read one batch late, so that the device never waits for the host.
             sums[-2:-1] = jax.device_get(sums[-2:-1])
         columns = zip(*jax.device_get(sums), strict=True)
@@ -103,6 +102,6 @@ def evaluate_checkpoint(
     split = split or config.eval.split
     with jax.set_mesh(mesh.make_mesh(config_lib.resolve_mesh(config.mesh, jax.device_count()))):
         model_def = ModelDef(config)
-        step, params = restore_params(model_def, workdir, step)
+        state = restore_state(model_def, workdir, step)
         corpus = data.load_corpus(config.data, split, make_tokenizer(config))
-        return {"step": step, **Evaluator(config, model_def, corpus)(params)}
+        return {"step": int(state.step), **Evaluator(config, model_def, corpus)(state)}

@@ -20,8 +20,8 @@ from sparseformer_jax import mesh
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.generation.text_stream import TextStream
-from sparseformer_jax.training.restore import restore_params
-from sparseformer_jax.training.state import ModelDef, Params
+from sparseformer_jax.training.restore import restore_state
+from sparseformer_jax.training.state import ModelDef, TrainState
 
 
 def stream(
@@ -103,18 +103,19 @@ class Sampler:
         self._window = np.zeros((1, config.data.seq_len), np.int32)
         with jax.set_mesh(self._mesh):
             model_def = ModelDef(config)
-            _, self._params = restore_params(model_def, workdir, step)
+            self._state = restore_state(model_def, workdir, step)
             self._key = jax.random.key(seed)
 
         def draw(
-            params: Params,
+            state: TrainState,
             window: Int[Array, "1 T"],
             last: Int[Array, ""],
             key: Key[Array, ""],
             index: Int[Array, ""],
         ) -> Int[Array, ""]:
             """Draws the token after position `last`: a causal model sees nothing later."""
-            logits = model_def.merge(params)(window).logits[0, last, :vocab_size]
+            model = model_def.model(state.params, state.variables, state.step)
+            logits = model(window).logits[0, last, :vocab_size]
             if temperature == 0:
                 return jnp.argmax(logits)
             # The largest is 0 before the division, so that none overflows.
@@ -130,7 +131,7 @@ class Sampler:
             self._window[0, : len(recent)] = recent
             # Only here: a generator must not leave its mesh to its caller.
             with jax.set_mesh(self._mesh):
-                drawn = self._draw(self._params, self._window, len(recent) - 1, self._key, index)
+                drawn = self._draw(self._state, self._window, len(recent) - 1, self._key, index)
                 token = int(drawn)
             recent.append(token)
             yield token

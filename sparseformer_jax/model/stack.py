@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparseformer_jax.model.read_only import read_only
+
 # Auxiliary losses and diagnostics by name.
 Reports = tuple[dict[str, jax.Array], dict[str, jax.Array]]
 Kind = TypeVar("Kind", bound=Hashable)
@@ -80,7 +82,8 @@ class LayerStack(nnx.Module):
             rngs = [None] * len(unit) if rng is None else jax.random.split(rng, len(unit))
             reports = []
             for block, block_rng in zip(unit, rngs, strict=True):
-                x, report = block(x, positions, segment_ids, block_rng)
+                with read_only(block):
+                    x, report = block(x, positions, segment_ids, block_rng)
                 reports.append(report)
             return x, _stack_reports(reports)
 

@@ -62,6 +62,9 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """A decoder, or an encoder when `config.is_causal` is False, with the given attention.
 
+    Attributes:
+      step: of training, a scalar; what follows a schedule reads it.
+
     Raises:
       ValueError: `position` is "learned" and a sequence is longer than `max_positions`.
     """
@@ -70,6 +73,7 @@ class Transformer(nnx.Module):
         self, config: ModelConfig, attention: type[Attention], options: Any, *, rngs: nnx.Rngs
     ) -> None:
         self.config = config
+        self.step: Any = 0
         self.embedding = Embedding(config.vocab_size, ("vocab", "embed"), config, rngs=rngs)
         self.position_embedding = (
             Embedding(config.max_positions, (None, "embed"), config, rngs=rngs)

@@ -71,9 +71,9 @@ class Run:
         self._batches = TrainBatches(config, corpus, device_mesh)
         held_out = data.load_corpus(config.data, config.eval.split, tokenizer)
         self._evaluator = Evaluator(config, self.model_def, held_out)
-        variables = {name: self.model_def.variables[name] for name in self.model_def.trainable()}
+        params = {name: self.model_def.params[name] for name in self.model_def.trainable()}
         num_steps = config.train.num_steps
-        self._optimizer = make_optimizer(config.optimizer, num_steps, variables)
+        self._optimizer = make_optimizer(config.optimizer, num_steps, params)
         schedule = make_schedule(config.optimizer, num_steps)
         step = make_train_step(self.model_def, self._optimizer, schedule)
         self._train_step = jax.jit(step, donate_argnums=0)
@@ -137,7 +137,7 @@ class Run:
         self._report(*pending)
         self._clock.pause()
         if evaluation_due:
-            self._writer.evaluation(step, self._evaluator(self.state.params))
+            self._writer.evaluation(step, self._evaluator(self.state))
         if save_due:
             self._save(step)
         self._clock.resume()
@@ -183,7 +183,7 @@ class Run:
     def _finish(self, step: int) -> None:
         """Evaluates and saves the last state, and says what can be done with it."""
         if step > self.first_step:
-            self._writer.evaluation(step, self._evaluator(self.state.params))
+            self._writer.evaluation(step, self._evaluator(self.state))
             self._save(step)
             self.checkpoints.wait()
         name = self.workdir

@@ -1,18 +1,17 @@
-"""Takes the parameters of a run out of its checkpoints, for evaluation and sampling."""
+"""Takes the state of a run out of its checkpoints, for evaluation and sampling."""
 
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.training.checkpoint import Checkpoints
-from sparseformer_jax.training.state import ModelDef, Params
+from sparseformer_jax.training.state import ModelDef, TrainState
 
 
-def restore_params(
-    model_def: ModelDef, workdir: Path, step: int | None = None
-) -> tuple[int, Params]:
-    """Returns the step and the parameters, sharded over the current mesh.
+def restore_state(model_def: ModelDef, workdir: Path, step: int | None = None) -> TrainState:
+    """Returns what a model is made of, without an optimiser, sharded over the current mesh.
 
     Args:
       model_def: the model the run trains.
@@ -29,5 +28,6 @@ def restore_params(
         step = checkpoints.latest_step if step is None else step
         if step is None:
             raise ConfigError(f"--workdir={workdir} holds no complete checkpoint yet")
-        abstract = model_def.abstract(jax.sharding.get_mesh())
-        return step, checkpoints.restore(step, {"params": abstract})["params"]
+        params, variables = model_def.abstract(jax.sharding.get_mesh())
+        items = checkpoints.restore(step, {"params": params, "variables": variables})
+        return TrainState(jnp.asarray(step, jnp.int32), **items)

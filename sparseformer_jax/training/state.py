@@ -1,4 +1,4 @@
-"""The train state, and the bridge between an NNX model and its flat parameters."""
+"""The train state, and the bridge between an NNX model and its flat variables."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ from sparseformer_jax.build import make_model
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.transformer import Transformer
 
-# Every variable of a model, array or abstract, by its path, e.g.
+# Variables of a model, array or abstract, by their paths, e.g.
 # "stacks/0/unit/0/attention/query/kernel".
 Params = dict[str, Any]
 
@@ -29,13 +29,15 @@ class TrainState:
 
     Attributes:
       step: optimiser steps done.
-      params: every variable of the model, frozen ones too.
-      opt_state: of the trainable parameters only.
+      params: every `nnx.Param` of the model, frozen ones too.
+      variables: every other variable its modules own; no gradient moves them.
+      opt_state: of the trainable parameters only; None in evaluation.
     """
 
     step: Any
     params: Params
-    opt_state: Any
+    variables: Params
+    opt_state: Any = None
 
 
 class ModelDef:
@@ -43,7 +45,8 @@ class ModelDef:
 
     Attributes:
       config: the config it was made from.
-      variables: name -> abstract variable with its metadata.
+      params: name -> abstract `nnx.Param` with its metadata.
+      variables: the same of every other variable.
     """
 
     def __init__(self, config: ConfigDict) -> None:
@@ -52,17 +55,26 @@ class ModelDef:
         self._graphdef, state = nnx.split(model)
         flat = dict(nnx.to_flat_state(state))
         self._paths = {"/".join(map(str, path)): path for path in flat}
+        named = {name: flat[path] for name, path in self._paths.items()}
+        self.params: dict[str, nnx.Variable] = {
+            name: v for name, v in named.items() if issubclass(v.type, nnx.Param)
+        }
         self.variables: dict[str, nnx.Variable] = {
-            name: flat[path] for name, path in self._paths.items()
+            name: v for name, v in named.items() if name not in self.params
         }
 
-    def merge(self, params: Mapping[str, Any]) -> Transformer:
-        """Returns the model with these parameters."""
-        flat = [(path, params[name]) for name, path in self._paths.items()]
-        return nnx.merge(self._graphdef, nnx.from_flat_state(flat))
+    def model(
+        self, params: Mapping[str, Any], variables: Mapping[str, Any], step: Any
+    ) -> Transformer:
+        """Returns the model as it is at a step: the one way from a state to a model."""
+        values = {**params, **variables}
+        flat = [(path, values[name]) for name, path in self._paths.items()]
+        model = nnx.merge(self._graphdef, nnx.from_flat_state(flat))
+        model.step = step
+        return model
 
-    def init(self, key: jax.Array) -> Params:
-        """Returns freshly initialised parameters, sharded over the current mesh."""
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        """Returns fresh parameters and other variables, sharded over the current mesh."""
 
         def init(key: jax.Array) -> Params:
             state = nnx.as_pure(nnx.state(make_model(self.config, rngs=nnx.Rngs(params=key))))
@@ -71,20 +83,26 @@ class ModelDef:
 
         # Automatic axes let the partitioner draw each shard's numbers where they belong.
         specs = {name: self.spec(name) for name in self._paths}
-        return jax.jit(jax.sharding.auto_axes(init, out_sharding=specs))(key)
+        return self._split(jax.jit(jax.sharding.auto_axes(init, out_sharding=specs))(key))
 
     def spec(self, name: str) -> PartitionSpec:
-        """Returns the partition of a parameter; stacked layers have a leading axis more."""
-        variable = self.variables[name]
+        """Returns the partition of a variable; stacked layers have a leading axis more."""
+        variable = self.params.get(name) or self.variables[name]
         axes = variable.get_metadata("axes")
         return mesh.spec(*(None,) * (variable.ndim - len(axes)), *axes)
 
-    def abstract(self, device_mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shapes, dtypes and shardings of the parameters."""
-        return {
-            name: _placed(variable, self.spec(name), device_mesh)
-            for name, variable in self.variables.items()
-        }
+    def abstract(self, device_mesh: jax.sharding.Mesh) -> tuple[Params, Params]:
+        """Returns shapes, dtypes and shardings of the parameters and other variables."""
+        named = {**self.params, **self.variables}
+        return self._split(
+            {name: _placed(v, self.spec(name), device_mesh) for name, v in named.items()}
+        )
+
+    def _split(self, values: Params) -> tuple[Params, Params]:
+        return (
+            {name: values[name] for name in self.params},
+            {name: values[name] for name in self.variables},
+        )
 
     def trainable(self) -> list[str]:
         """Returns the names `train.trainable` selects: "all", or by a regular expression.
@@ -93,10 +111,9 @@ class ModelDef:
           ValueError: it selects nothing.
         """
         pattern = self.config.train.trainable
-        params = [n for n, v in self.variables.items() if issubclass(v.type, nnx.Param)]
-        names = params if pattern == "all" else [n for n in params if re.search(pattern, n)]
+        names = [n for n in self.params if pattern == "all" or re.search(pattern, n)]
         if not names:
-            shown = ", ".join(sorted(params)[:8])
+            shown = ", ".join(sorted(self.params)[:8])
             raise ConfigError(f"train.trainable={pattern!r} matches no parameter; some are {shown}")
         return names
 
@@ -105,9 +122,9 @@ def init_state(
     model_def: ModelDef, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
     """Returns the state before the first step."""
-    params = model_def.init(key)
+    params, variables = model_def.init(key)
     trainable = {name: params[name] for name in model_def.trainable()}
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(trainable))
 
 
 def abstract_state(

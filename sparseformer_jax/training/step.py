@@ -34,9 +34,9 @@ def make_train_step(
     seed = model_def.config.seed
 
     def piece_loss(
-        trainable: Params, params: Params, batch: Batch, rng: jax.Array, total: jax.Array
+        trainable: Params, state: TrainState, batch: Batch, rng: jax.Array, total: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        model = model_def.merge({**params, **trainable})
+        model = model_def.model({**state.params, **trainable}, state.variables, state.step)
         output = model(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
         nll, log_z2 = cross_entropy(output.logits, batch["targets"], batch["weights"])
         auxiliary = {name: v / train.accumulation_steps for name, v in output.losses.items()}
@@ -52,7 +52,7 @@ def make_train_step(
 
         def gradients(piece: Batch, rng: jax.Array) -> tuple[Params, Metrics]:
             grad = jax.grad(piece_loss, has_aux=True)
-            return grad(trainable, state.params, piece, rng, total)
+            return grad(trainable, state, piece, rng, total)
 
         grads, metrics = _accumulate(gradients, batch, rng)
         grad_squares = _squares(grads)

@@ -47,7 +47,7 @@ MESHES = [
 
 
 def forward(model_def, params, batch, rng=None):
-    model = model_def.merge(params)
+    model = model_def.model(params, {}, 0)
     return model(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
 
 
@@ -70,8 +70,8 @@ class Subject:
 
     @functools.cached_property
     def params(self):
-        variables = self.model_def.variables
-        return {name: random_parameter(name, v.shape) for name, v in variables.items()}
+        params = self.model_def.params
+        return {name: random_parameter(name, v.shape) for name, v in params.items()}
 
     @functools.cached_property
     def forward(self):
@@ -272,7 +272,7 @@ def test_recomputing_changes_nothing(subject, remat):
 def test_scan_is_a_loop_over_layers(subject):
     @jax.jit
     def looped(params, batch):
-        model = subject.model_def.merge(params)
+        model = subject.model_def.model(params, {}, 0)
         x, reports = model.embedding(batch["inputs"]), []
         for block in layers(model):
             x, report = block(x, batch["positions"], batch["segment_ids"], None)
@@ -303,7 +303,7 @@ def test_bfloat16_is_near_float32(subject):
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_loss_and_gradients_do_not_depend_on_the_mesh(subject, sizes):
     with jax.set_mesh(mesh.make_mesh(sizes)):
-        placed = subject.model_def.abstract(jax.sharding.get_mesh())
+        placed, _ = subject.model_def.abstract(jax.sharding.get_mesh())
         params = {
             name: jax.device_put(x, placed[name].sharding) for name, x in subject.params.items()
         }
@@ -313,7 +313,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(subject, sizes):
 
 
 def test_parameters_survive_merging(subject):
-    model = subject.model_def.merge(subject.params)
+    model = subject.model_def.model(subject.params, {}, 0)
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     found = {"/".join(map(str, path)): leaf[...] for path, leaf in flat.items()}
     assert found.keys() == subject.params.keys()

@@ -86,8 +86,8 @@ def train(config, batch, device_mesh, state=None):
     """Two steps; returns the state before them, the metrics of each, the state after."""
     with jax.set_mesh(device_mesh):
         model_def = ModelDef(config)
-        variables = {name: model_def.variables[name] for name in model_def.trainable()}
-        optimizer = make_optimizer(config.optimizer, 2, variables)
+        params = {name: model_def.params[name] for name in model_def.trainable()}
+        optimizer = make_optimizer(config.optimizer, 2, params)
         schedule = make_schedule(config.optimizer, 2)
         step = jax.jit(make_train_step(model_def, optimizer, schedule))
         if state is None:

@@ -7,7 +7,7 @@ import pytest
 
 from sparseformer_jax import data, mesh, presets
 from sparseformer_jax.evaluation.perplexity import Evaluator
-from sparseformer_jax.training.state import ModelDef
+from sparseformer_jax.training.state import ModelDef, TrainState
 
 
 @pytest.fixture
@@ -28,9 +28,10 @@ def test_every_token_counts_once(config):
     corpus = data.load_corpus(config.data, "validation", tokenizer)
     with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
         model_def = ModelDef(config)
-        params = model_def.init(jax.random.key(0))
-        results = Evaluator(config, model_def, corpus)(params)
-    model = model_def.merge(jax.tree.map(jnp.asarray, jax.device_get(params)))
+        state = TrainState(0, *model_def.init(jax.random.key(0)))
+        results = Evaluator(config, model_def, corpus)(state)
+    params = jax.tree.map(jnp.asarray, jax.device_get(state.params))
+    model = model_def.model(params, state.variables, 0)
     text = "the quick brown fox, żółć! " * 9
     tokens = np.array([256, *text.encode(), 257])
     nll = 0.0
@@ -52,5 +53,6 @@ def test_parts_of_a_split(config):
     config.eval.num_batches = 1
     with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
         model_def = ModelDef(config)
-        results = Evaluator(config, model_def, corpus)(model_def.init(jax.random.key(0)))
+        state = TrainState(0, *model_def.init(jax.random.key(0)))
+        results = Evaluator(config, model_def, corpus)(state)
     assert results["tokens"] == 3 * 32

@@ -11,9 +11,9 @@ import pytest
 from sparseformer_jax import mesh, presets, registry
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.generation import sampling
-from sparseformer_jax.training.state import ModelDef
+from sparseformer_jax.training.state import ModelDef, TrainState
 
-WORKDIR = Path("workdir")  # never looked at: its parameters are replaced
+WORKDIR = Path("workdir")  # never looked at: its state is replaced
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +27,18 @@ def config():
 
 @pytest.fixture(scope="module")
 def model(config):
-    """The model and its parameters, far enough from uniform that draws differ."""
+    """The model and its state, far enough from uniform that draws differ."""
     with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
         model_def = ModelDef(config)
-        params = model_def.init(jax.random.key(0))
-        return model_def, {name: 3 * value for name, value in params.items()}
+        params, variables = model_def.init(jax.random.key(0))
+        params = {name: 3 * value for name, value in params.items()}
+        return model_def, TrainState(0, params, variables)
 
 
 @pytest.fixture(autouse=True)
 def _checkpoint(monkeypatch, model):
-    """The parameters, in place of those of a workdir."""
-    monkeypatch.setattr(sampling, "restore_params", lambda *_: (1, model[1]))
+    """The state, in place of that of a workdir."""
+    monkeypatch.setattr(sampling, "restore_state", lambda *_: model[1])
 
 
 def sampler(config, **changes) -> sampling.Sampler:
@@ -50,7 +51,7 @@ def test_the_likeliest_tokens_are_those_of_the_model_on_what_came_before(config,
     start = [256, *b"spam and"]
     drawn = sampler(config, temperature=0.0).continuation(start)
     tokens = start + list(itertools.islice(drawn, 14))
-    plain = model[0].merge(jax.tree.map(jnp.asarray, jax.device_get(model[1])))
+    plain = model[0].model(jax.tree.map(jnp.asarray, jax.device_get(model[1].params)), {}, 0)
     forward = jax.jit(lambda window: plain(window).logits)
     for position in range(len(start), len(tokens)):
         seen = tokens[:position][-16:]
@@ -84,7 +85,7 @@ def test_draws_follow_the_softmax(config, model):
     for seed in range(800):
         drawer._key = jax.random.key(seed)
         counts[next(drawer.continuation([256]))] += 1
-    plain = model[0].merge(jax.tree.map(jnp.asarray, jax.device_get(model[1])))
+    plain = model[0].model(jax.tree.map(jnp.asarray, jax.device_get(model[1].params)), {}, 0)
     probabilities = jax.nn.softmax(plain(jnp.full((1, 16), 256)).logits[0, 0, :258] / 2)
     likely = np.argsort(probabilities)[-5:]
     np.testing.assert_allclose(counts[likely] / 800, probabilities[likely], atol=0.05)

@@ -35,7 +35,7 @@ def test_schedules(config, name, warmup):
 
 @pytest.fixture
 def variables(config):
-    return ModelDef(config).variables
+    return ModelDef(config).params
 
 
 def decayed(config, variables):

@@ -23,8 +23,8 @@ def train(config, sizes, batch, num_steps=3):
     device_mesh = mesh.make_mesh(sizes, devices)
     with jax.set_mesh(device_mesh):
         model_def = ModelDef(config)
-        variables = {name: model_def.variables[name] for name in model_def.trainable()}
-        optimizer = make_optimizer(config.optimizer, 10, variables)
+        params = {name: model_def.params[name] for name in model_def.trainable()}
+        optimizer = make_optimizer(config.optimizer, 10, params)
         state = jax.jit(lambda: init_state(model_def, optimizer, jax.random.key(0)))()
         abstract = abstract_state(model_def, optimizer, device_mesh)
         assert jax.tree.map(lambda x: x.sharding.spec, state.params) == jax.tree.map(
