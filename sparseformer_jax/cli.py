@@ -57,6 +57,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     own = _new_flags()
     _text(own, "config", "config file, FILE.py or FILE.py:ARGUMENT")
     _text(own, "workdir", "folder of checkpoints and metrics; made if missing")
+    _number(own, "step", "checkpoint to go on from; later ones are left behind")
     _switch(own, "describe", "print config, size, FLOPs and memory; do not train")
     _switch(own, "accept_changed_config", "resume though the config has changed")
     _distributed(own)
@@ -111,7 +112,7 @@ def _train(own: flags.FlagValues, argv: list[str]) -> None:
         from sparseformer_jax.training import loop
 
         accept = own.accept_changed_config
-        loop.train(config, own.workdir, accept_changed_config=accept)
+        loop.train(config, own.workdir, step=own.step, accept_changed_config=accept)
 
 
 def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:

@@ -45,15 +45,19 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return dict(_leaves(config, prefix=""))
 
 
-def diff(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Returns a line "model.num_layers: 4 -> 6" for each key that differs."""
-    before, after = flatten(old), flatten(new)
-    lines = []
-    for key in before | after:
+def diff(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
+    """Returns {"model.num_layers": "4 -> 6"} for each key that differs.
+
+    A key that only one config has counts as its default, if it has one.
+    """
+    defaults = flatten(default_config.get_config())
+    before, after = defaults | flatten(old), defaults | flatten(new)
+    changes = {}
+    for key in sorted(before | after):
         was, now = before.get(key, "absent"), after.get(key, "absent")
         if was != now:
-            lines.append(f"{key}: {was} -> {now}")
-    return lines
+            changes[key] = f"{was} -> {now}"
+    return changes
 
 
 def to_json(config: ConfigDict) -> str:

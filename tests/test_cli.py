@@ -26,8 +26,8 @@ def calls(monkeypatch) -> list[tuple]:
         __import__(package)
         monkeypatch.setattr(sys.modules[package], attribute, module, raising=False)
 
-    def train(config, workdir, *, accept_changed_config) -> None:
-        made.append((config, workdir, accept_changed_config))
+    def train(config, workdir, *, step, accept_changed_config) -> None:
+        made.append((config, workdir, step, accept_changed_config))
 
     def evaluate_checkpoint(config, workdir, *, step, split) -> dict[str, float]:
         made.append((config, workdir, step, split))
@@ -93,18 +93,18 @@ def test_overrides_reach_training(calls):
             *("--config.mesh.fsdp=8", "--config.optimizer.learning_rate=1"),
         ]
     )
-    ((given, workdir, accept),) = calls
-    assert (workdir, accept) == ("/tmp/x", True)
-    assert config.diff(default_config.get_config(), given) == [
-        "data.files: () -> ('a', 'b/*.txt')",
-        "data.shuffle: True -> False",
-        "mesh.fsdp: 1 -> 8",
-        "model.attention_scale: None -> 0.5",
-        "model.num_layers: 4 -> 2",
-        "model.qk_norm: False -> True",
-        "optimizer.learning_rate: 0.003 -> 1.0",
-        "train.profile_steps: () -> (10, 12)",
-    ]
+    ((given, workdir, step, accept),) = calls
+    assert (workdir, step, accept) == ("/tmp/x", None, True)
+    assert config.diff(default_config.get_config(), given) == {
+        "data.files": "() -> ('a', 'b/*.txt')",
+        "data.shuffle": "True -> False",
+        "mesh.fsdp": "1 -> 8",
+        "model.attention_scale": "None -> 0.5",
+        "model.num_layers": "4 -> 2",
+        "model.qk_norm": "False -> True",
+        "optimizer.learning_rate": "0.003 -> 1.0",
+        "train.profile_steps": "() -> (10, 12)",
+    }
     assert given.is_locked
 
 

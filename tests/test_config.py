@@ -139,12 +139,13 @@ def test_every_remat_name_is_a_policy():
 def test_diff_names_the_keys_that_differ():
     old, new = make(), make(model__num_layers=6, data__files=("a",))
     del old.model.remat
-    assert config_lib.diff(old, new) == [
-        "data.files: () -> ('a',)",
-        "model.num_layers: 4 -> 6",
-        "model.remat: absent -> none",
-    ]
-    assert config_lib.diff(old, old) == []
+    new.attention.window = 8
+    assert config_lib.diff(old, new) == {
+        "model.num_layers": "4 -> 6",
+        "data.files": "() -> ('a',)",
+        "attention.window": "absent -> 8",
+    }
+    assert config_lib.diff(old, old) == {}
 
 
 def test_json_round_trip_is_exact():

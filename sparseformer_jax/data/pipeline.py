@@ -1,7 +1,7 @@
 """Batches for training, endless and resumable, and for evaluation, in order.
 
-Row r of step s is example s * batch_size + r of the whole run, whatever the number of
-processes: process p of P reads the rows from p * batch_size / P on, that many.
+Row r of step s is example first_example + s * batch_size + r of the whole run, whatever the
+number of processes: process p of P reads the rows from p * batch_size / P on, that many.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ def train_iterator(
     shuffle: bool = True,
     num_threads: int = 2,
     prefetch: int = 16,
+    first_example: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
@@ -40,6 +41,7 @@ def train_iterator(
         the stored one.
       num_threads: That make batches ahead; 0: made when asked for.
       prefetch: Batches made ahead.
+      first_example: How many examples of the run, over all epochs, were drawn already.
       process_index: p, this process.
       process_count: P, of how many.
 
@@ -54,7 +56,7 @@ def train_iterator(
     if shuffle:
         dataset = dataset.seed(seed).shuffle()
     # Batches of one process's rows come in turns: p of step 0, p + 1 of step 0, ...
-    dataset = dataset.repeat().batch(rows, drop_remainder=True)
+    dataset = dataset.repeat()[first_example:].batch(rows, drop_remainder=True)
     dataset = dataset[process_index::process_count]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))

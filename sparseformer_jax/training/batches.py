@@ -15,14 +15,24 @@ class TrainBatches:
     Each process reads the rows of its own devices, and all together read what one
     process would.
 
+    Args:
+      config: of the run.
+      corpus: the training text.
+      device_mesh: where the batches go.
+      examples: how many of the run were drawn already, in batches of whichever size.
+
     Attributes:
-      corpus: fingerprint of the text and its tokenizer.
+      examples: how many were drawn; the position in the data, the same on every process.
     """
 
     def __init__(
-        self, config: ConfigDict, corpus: data.Corpus, device_mesh: jax.sharding.Mesh
+        self,
+        config: ConfigDict,
+        corpus: data.Corpus,
+        device_mesh: jax.sharding.Mesh,
+        examples: int = 0,
     ) -> None:
-        self.corpus = corpus.fingerprint
+        self.examples, self._batch_size = examples, config.train.batch_size
         self._pieces = config.train.accumulation_steps
         self._sharding = jax.NamedSharding(device_mesh, mesh.spec(None, "batch", "seq"))
         self._iterator = data.train_iterator(
@@ -33,22 +43,16 @@ class TrainBatches:
             shuffle=config.data.shuffle,
             num_threads=config.data.num_threads,
             prefetch=config.data.prefetch,
+            first_example=examples,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
 
     def __next__(self) -> DeviceBatch:
         pieces = [next(self._iterator) for _ in range(self._pieces)]
+        self.examples += self._batch_size
         stacked = {name: np.stack([piece[name] for piece in pieces]) for name in pieces[0]}
         return place(stacked, self._sharding)
-
-    def get_state(self) -> dict[str, int]:
-        """Returns the position in the data, the same on every process."""
-        return self._iterator.get_state()
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Goes to a position, whichever number of processes it was saved by."""
-        self._iterator.set_state(state)
 
     def close(self) -> None:
         """Ends the reading threads."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from absl import logging
 from orbax.checkpoint.experimental import v1 as ocp
 
 from sparseformer_jax.checks import ConfigError
@@ -68,6 +69,10 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    def reload(self) -> None:
+        """Looks again which checkpoints there are, after some were moved."""
+        self._checkpointer.reload()
+
     def save(self, step: int, state: Any, meta: Meta) -> None:
         """Starts writing a checkpoint; returns when the arrays may be changed."""
         if step != self.latest_step:
@@ -108,20 +113,30 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _one_line(self, step: int) -> Iterator[None]:
-        """Tells in one line why a checkpoint cannot be read."""
+        """Tells in one line why a checkpoint cannot be read, without orbax' log of it."""
+        logger = logging.get_absl_logger()
+        was_disabled, logger.disabled = logger.disabled, True
         try:
             yield
         except (ValueError, KeyError, OSError) as error:
             raise ConfigError(
                 f"checkpoint {step} in {self.directory} is damaged or does not fit the config: "
-                f"{_cause(error)}"
+                f"{_cause(error)}{self._others(step)}"
             ) from error
+        finally:
+            logger.disabled = was_disabled
+
+    def _others(self, step: int) -> str:
+        others = [other for other in self._steps() if other != step]
+        return f"; others are {others}: --step={max(others)}" if others else ""
+
+    def _steps(self) -> list[int]:
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def _require(self, step: int) -> None:
-        steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-        if step not in steps:
+        if step not in self._steps():
             raise ConfigError(
-                f"no checkpoint of step {step} in {self.directory}; there are {steps}"
+                f"no checkpoint of step {step} in {self.directory}; there are {self._steps()}"
             )
 
 

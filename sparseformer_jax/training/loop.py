@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sparseformer_jax import config as config_lib
@@ -15,22 +16,37 @@ from sparseformer_jax.checks import ConfigError, NonFiniteError
 from sparseformer_jax.describe import summary
 from sparseformer_jax.evaluation.perplexity import Evaluator
 from sparseformer_jax.training.batches import TrainBatches
+from sparseformer_jax.training.changes import compare
 from sparseformer_jax.training.checkpoint import Checkpoints, Meta
 from sparseformer_jax.training.metrics import Clock, MetricWriter
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
 from sparseformer_jax.training.preemption import Preemption
 from sparseformer_jax.training.state import ModelDef, TrainState, abstract_state, init_state
 from sparseformer_jax.training.step import make_train_step
+from sparseformer_jax.training.workdir import CONFIG_FILE, leave_behind, write_atomically
 
 # Numbers of a step that must be finite before its state is saved or used again.
 FINITE = ("total_loss", "grad_norm", "update_norm", "param_norm")
 
 
-def train(config: ConfigDict, workdir: Path, *, accept_changed_config: bool = False) -> None:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    step: int | None = None,
+    accept_changed_config: bool = False,
+) -> None:
     """Trains a model from a validated config, resuming what the workdir holds.
 
     Writes checkpoints, metrics.jsonl and config.json under `workdir`. Ends early, with
     everything saved, when the process is asked to terminate.
+
+    Args:
+      config: of the run.
+      workdir: folder of the run; made if missing.
+      step: the checkpoint to go on from; later ones move to `left_behind` in the workdir.
+        None: the newest.
+      accept_changed_config: resume though the config changes the run.
 
     Raises:
       ValueError: the workdir holds a run of another config and that is not accepted.
@@ -46,9 +62,9 @@ def train(config: ConfigDict, workdir: Path, *, accept_changed_config: bool = Fa
             Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)
         )
         run = Run(config, workdir, checkpoints, device_mesh)
-        run.restore(accept_changed_config)
+        run.restore(step, accept_changed_config)
         if mesh.is_primary():
-            (workdir / "config.json").write_text(config_lib.to_json(config))
+            write_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
         stack.callback(run.close)
         run.loop(stack.enter_context(Preemption()))
 
@@ -67,8 +83,7 @@ class Run:
         self._mesh, self._is_profiling = device_mesh, False
         self.model_def = ModelDef(config)
         tokenizer = make_tokenizer(config)
-        corpus = data.load_corpus(config.data, "train", tokenizer)
-        self._batches = TrainBatches(config, corpus, device_mesh)
+        self._corpus = data.load_corpus(config.data, "train", tokenizer)
         held_out = data.load_corpus(config.data, config.eval.split, tokenizer)
         self._evaluator = Evaluator(config, self.model_def, held_out)
         params = {name: self.model_def.params[name] for name in self.model_def.trainable()}
@@ -78,27 +93,29 @@ class Run:
         step = make_train_step(self.model_def, self._optimizer, schedule)
         self._train_step = jax.jit(step, donate_argnums=0)
 
-    def restore(self, accept_changed_config: bool) -> None:
-        """Takes up the newest checkpoint, or starts anew."""
-        self.first_step = self.checkpoints.latest_step or 0
-        if self.checkpoints.latest_step is None:
+    def restore(self, step: int | None, accept_changed_config: bool) -> None:
+        """Takes up a checkpoint, the newest if None, or starts anew where there is none."""
+        notes, examples = [summary(self.config, self.model_def)], 0
+        step = self.checkpoints.latest_step if step is None else step
+        self.first_step = step or 0
+        if step is None:
             key = jax.random.key(self.config.seed)
             self.state = jax.jit(lambda: init_state(self.model_def, self._optimizer, key))()
         else:
-            meta = self.checkpoints.meta(self.first_step)
-            if not accept_changed_config:
-                self._refuse_changes(meta)
+            meta = self.checkpoints.meta(step)
+            examples = _examples(meta)
+            notes += self._accept_changes(meta, accept_changed_config)
             abstract = abstract_state(self.model_def, self._optimizer, self._mesh)
-            items = self.checkpoints.restore(self.first_step, vars(abstract))
-            self.state = TrainState(**items)
-            self._batches.set_state(meta.data)
+            self.state = TrainState(**self.checkpoints.restore(step, vars(abstract)))
+            notes += self._leave_behind(step)
+            notes.append(f"resuming from step {step} in {self.workdir}")
+        self._batches = TrainBatches(self.config, self._corpus, self._mesh, examples)
         self._writer = MetricWriter(
             self.workdir, self.first_step, self.config.train.num_steps, mesh.is_primary()
         )
         self._clock = Clock(self.first_step)
-        self._writer.message(summary(self.config, self.model_def))
-        if self.first_step:
-            self._writer.message(f"resuming from step {self.first_step} in {self.workdir}")
+        for note in notes:
+            self._writer.message(note)
 
     def loop(self, preemption: Preemption) -> None:
         """Trains to the last step, or until the process is asked to end."""
@@ -177,7 +194,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         config = config_lib.to_json(self.config)
-        meta = Meta(self._batches.get_state(), self._batches.corpus, config)
+        meta = Meta({"examples": self._batches.examples}, self._corpus.fingerprint, config)
         self.checkpoints.save(step, vars(self.state), meta)
 
     def _finish(self, step: int) -> None:
@@ -186,23 +203,44 @@ class Run:
             self._writer.evaluation(step, self._evaluator(self.state))
             self._save(step)
             self.checkpoints.wait()
-        name = self.workdir
+        name, newest = self.workdir, max(step, self.first_step)
+        done = f"done: step {newest} is saved in {name}"
+        if newest > step:
+            done += f", beyond train.num_steps={step}: nothing was trained"
         self._writer.message(
-            f"done: step {step} is saved in {name}\n"
+            f"{done}\n"
             f"  evaluate  python eval.py --workdir={name}\n"
             f"  resume    run the same command; it goes on from the last checkpoint\n"
             f'  sample    python -m sparseformer_jax.generate --workdir={name} --prompt="def "'
         )
 
-    def _refuse_changes(self, meta: Meta) -> None:
-        changes = config_lib.diff(config_lib.from_json(meta.config), self.config)
-        if meta.corpus != self._batches.corpus:
-            changes.append("the training text")
-        if changes:
+    def _accept_changes(self, meta: Meta, accept_changed_config: bool) -> list[str]:
+        """Returns a line on what differs from a checkpoint's config, or refuses it."""
+        changes = compare(
+            config_lib.from_json(meta.config),
+            self.config,
+            same_text=meta.corpus == self._corpus.fingerprint,
+        )
+        if changes.changing and not accept_changed_config:
             raise ConfigError(
-                f"{self.workdir} holds a run with other settings: {'; '.join(changes)}; "
+                f"{self.workdir} holds a run with other settings: {'; '.join(changes.changing)}; "
                 "take another --workdir, or pass --accept_changed_config"
             )
+        lines = []
+        if changes.changing:
+            lines.append(f"another run from here on: {'; '.join(changes.changing)}")
+        if changes.harmless:
+            lines.append(f"the same run with {'; '.join(changes.harmless)}")
+        return lines
+
+    def _leave_behind(self, step: int) -> list[str]:
+        """Moves what lies beyond a step away, and returns a line on it."""
+        if step == self.checkpoints.latest_step:
+            return []
+        folder = leave_behind(self.workdir, step) if mesh.is_primary() else None
+        multihost_utils.sync_global_devices("left behind")
+        self.checkpoints.reload()
+        return [f"what lies beyond step {step} is left behind, in {folder}"]
 
     def _profile(self, step: int) -> None:
         """Traces the steps of `train.profile_steps` into the workdir."""
@@ -225,3 +263,11 @@ class Run:
 def _is_due(step: int, every: int) -> bool:
     """Whether something done `every` so many steps is due; 0: never."""
     return every > 0 and step % every == 0
+
+
+def _examples(meta: Meta) -> int:
+    """How many examples a checkpoint's run has drawn; old ones count accumulation pieces."""
+    if "examples" in meta.data:
+        return meta.data["examples"]
+    train = config_lib.from_json(meta.config).train
+    return meta.data["next_index"] * (train.batch_size // train.accumulation_steps)

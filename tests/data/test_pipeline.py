@@ -59,6 +59,25 @@ def test_seeds_and_threads(corpus):
     assert not np.array_equal(first["inputs"], other["inputs"])
 
 
+@pytest.mark.parametrize("process_count", [1, 3])
+def test_another_batch_size_goes_on_where_the_last_one_stopped(corpus, process_count):
+    """4 batches of 4, then 4 of 6, across an epoch's end, hold what 10 of 4 do, in order."""
+    whole = join(list(itertools.islice(train(corpus), 10)))
+    first = list(itertools.islice(train(corpus), 4))
+    rest = [
+        train(
+            corpus,
+            batch_size=6,
+            first_example=16,
+            process_index=p,
+            process_count=process_count,
+        )
+        for p in range(process_count)
+    ]
+    rows = [next(iterator) for _ in range(4) for iterator in rest]
+    assert_equal(join([*first, *rows]), whole)
+
+
 @pytest.mark.parametrize("num_threads", [0, 2])
 @pytest.mark.parametrize("batch_size", [4, 5])  # 12 examples: with and without rest
 def test_resumes_at_any_step(corpus, batch_size, num_threads):

@@ -1,11 +1,14 @@
 """A config small enough for a test, and its text."""
 
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
 from sparseformer_jax import presets, registry
+from sparseformer_jax.training import loop
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +48,26 @@ def config(text_dir) -> ConfigDict:
     config.checkpoint.every = 2
     config.eval.num_batches = 2
     return config
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The workdir of a run, trained once."""
+    return tmp_path_factory.mktemp("trained")
+
+
+@pytest.fixture
+def run(config, trained):
+    """The config of a run of four steps on all eight devices."""
+    config.train.num_steps = 4
+    config.eval.every = 2
+    config.train.profile_steps = (1, 3)
+    if not (trained / "config.json").exists():
+        loop.train(config, trained)
+    return config
+
+
+@pytest.fixture
+def finished(run, trained, tmp_path):
+    """The test's own copy of the finished run."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

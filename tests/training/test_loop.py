@@ -1,8 +1,6 @@
 """The loop in this process: what it writes, refuses and survives."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,29 +10,6 @@ from sparseformer_jax.evaluation.perplexity import evaluate_checkpoint
 from sparseformer_jax.generation.sampling import generate
 from sparseformer_jax.training import loop
 from sparseformer_jax.training.checkpoint import Checkpoints
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The workdir of a run, trained once."""
-    return tmp_path_factory.mktemp("trained")
-
-
-@pytest.fixture
-def run(config, trained):
-    """The config of a run of four steps on all eight devices."""
-    config.train.num_steps = 4
-    config.eval.every = 2
-    config.train.profile_steps = (1, 3)
-    if not (trained / "config.json").exists():
-        loop.train(config, trained)
-    return config
-
-
-@pytest.fixture
-def finished(run, trained, tmp_path):
-    """The test's own copy of the finished run."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def read(workdir):
