@@ -33,15 +33,15 @@ class Prepared:
         backward: runs the backward pass alone; None where there is none.
         results: returns (out, dQ, dK, dV), or (out,) without a backward pass.
         is_sparse: it reads the block mask of the case, and not the causal triangle.
-        temporary_mib: what the compiler reserves for forward and backward beside inputs
-            and outputs; None where no compiler tells.
+        temporary_mib: returns what the compiler reserves for forward and backward beside
+            inputs and outputs; None where no compiler tells.
     """
 
     forward: Callable[[int], object]
     backward: Callable[[int], object] | None
     results: Callable[[], tuple[Array, ...]]
     is_sparse: bool
-    temporary_mib: float | None = None
+    temporary_mib: Callable[[], float | None] = lambda: None
 
 
 def ours(case: Case, arrays: tuple[Array, ...], implementation: str | None) -> Prepared:
@@ -114,10 +114,13 @@ def _torch() -> Any:
 def _prepare_jax(
     attend: Callable[..., Array], arrays: tuple[Array, ...], *, is_sparse: bool
 ) -> Prepared:
+    """Compiles both passes; runs neither."""
     *inputs, d_out = arrays
-    forward = jax.jit(attend)
-    linearize = jax.jit(functools.partial(jax.vjp, attend))
-    pull_back = jax.jit(lambda pull, d_out: pull(d_out))
+    vjp = jax.jit(functools.partial(jax.vjp, attend))
+    forward = jax.jit(attend).lower(*inputs).compile()
+    linearize = vjp.lower(*inputs).compile()
+    _, pull = jax.eval_shape(vjp, *inputs)
+    pull_back = jax.jit(lambda pull, d_out: pull(d_out)).lower(pull, d_out).compile()
 
     def repeat(function: Callable[..., object], *arguments: Any) -> Callable[[int], object]:
         def run(times: int) -> None:
@@ -134,10 +137,10 @@ def _prepare_jax(
     residuals = functools.cache(lambda: linearize(*inputs)[1])
     return Prepared(
         repeat(forward, *inputs),
-        lambda times: repeat(pull_back, residuals(), jnp.asarray(d_out))(times),
+        lambda times: repeat(pull_back, residuals(), d_out)(times),
         results,
         is_sparse,
-        _temporary_mib(attend, arrays),
+        functools.partial(_temporary_mib, attend, arrays),
     )
 
 

@@ -22,7 +22,15 @@ _SECONDS_PER_ROUND = 0.05
 def median_ms(
     passes: Mapping[_Name, Callable[[int], object]], rounds: int, label: str
 ) -> dict[_Name, float]:
-    """Returns the median time of each pass in milliseconds.
+    """Returns the median time of each pass in milliseconds; takes what `samples_ms` does."""
+    samples = samples_ms(passes, rounds, label)
+    return {name: statistics.median(own) for name, own in samples.items()}
+
+
+def samples_ms(
+    passes: Mapping[_Name, Callable[[int], object]], rounds: int, label: str
+) -> dict[_Name, list[float]]:
+    """Returns the time of each pass in milliseconds, in every round.
 
     Every round runs all passes, so that whatever slows the machine slows all alike.
 
@@ -42,7 +50,7 @@ def median_ms(
             repeats[name] = max(1, min(100, int(_SECONDS_PER_ROUND / seconds)))
         elif turn > 1:
             times[name].append(1e3 * seconds / repeats[name])
-    return {name: statistics.median(own) for name, own in times.items()}
+    return times
 
 
 def device() -> str:

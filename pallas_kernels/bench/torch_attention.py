@@ -1,5 +1,6 @@
 """PyTorch's attention, dense and with a block mask, on its best device."""
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -30,12 +31,17 @@ def flex(case: Case, arrays: tuple[Array, ...]) -> Prepared:
     """Prepares compiled `flex_attention` with the blocks of the case."""
     if _DEVICE == "cpu" and case.dtype != "float32":
         raise Unavailable("FlexAttention on a CPU is compared in float32 only")
-    block_mask = _block_mask(case)
-    compiled = torch.compile(flex_attention)
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        is_grouped = case.heads != case.kv_heads
-        return compiled(query, key, value, block_mask=block_mask, enable_gqa=is_grouped)
+    # Its own tiles for a Hopper GPU are 128 wide, and it refuses a mask with smaller
+    # blocks: forward, unless it is told tiles that fit; backward, unless it may choose.
+    is_finer = _DEVICE == "cuda" and case.block_size < 128
+    tile = min(64, case.block_size)
+    compiled = torch.compile(flex_attention, options={"max_autotune": True} if is_finer else None)
+    attend = functools.partial(
+        compiled,
+        block_mask=_block_mask(case),
+        enable_gqa=case.heads != case.kv_heads,
+        kernel_options={"BLOCK_M": tile, "BLOCK_N": tile} if is_finer else None,
+    )
 
     # FlexAttention's backward pass exists on GPUs alone.
     return _prepare(attend, arrays, is_sparse=True, has_backward=_DEVICE == "cuda")

@@ -5,6 +5,7 @@ key/value head with its group of query heads.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,31 +29,45 @@ def first_group(case: Case, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
     return query[:, :, :group], key[:, :, :1], value[:, :, :1], d_out[:, :, :group]
 
 
-def check(
-    case: Case,
-    arrays: tuple[Array, ...],
-    results: tuple[Array, ...],
-    *,
-    of: str,
-) -> None:
-    """Compares out and, where given, dQ, dK and dV of the first group.
+def errors(case: Case, results: tuple[Array, ...], truth: tuple[Array, ...]) -> dict[str, float]:
+    """Returns the largest error of out and, where given, of dQ, dK and dV of the first group.
 
-    Raises:
-        ValueError: they differ by more than rounding.
+    Each is relative to the largest value of its array; not a number where a result is none.
     """
-    truth = _expected(case, first_group(case, arrays))
     actual = first_group(case, (results[0],) * 4)[:1]
     if len(results) > 1:
         d_query, d_key, d_value = results[1:]
         actual = (*actual, *first_group(case, (d_query, d_key, d_value, d_query))[:3])
+    found = {}
     for name, one, other in zip(_NAMES, actual, truth, strict=False):
-        distance = jnp.abs(one.astype(jnp.float32) - other).max()
-        error = float(distance / jnp.abs(other).max())
-        if not error <= _TOLERANCE[case.dtype]:
+        distance = jnp.abs(one.astype(other.dtype) - other).max()
+        found[name] = float(distance / jnp.abs(other).max())
+    return found
+
+
+def tolerance(case: Case) -> float:
+    """Returns the largest error that rounding explains."""
+    return _TOLERANCE[case.dtype]
+
+
+def check(case: Case, results: tuple[Array, ...], truth: tuple[Array, ...], *, of: str) -> None:
+    """Compares with the truth.
+
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    for name, error in errors(case, results, truth).items():
+        if not error <= tolerance(case):
             raise ValueError(f"{of}: {name} is off by {error:.1e} of its largest value")
 
 
-def _expected(case: Case, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+def expected(case: Case, arrays: tuple[Array, ...], dtype: Any = jnp.float32) -> tuple[Array, ...]:
+    """Returns out, dQ, dK and dV of the first group, computed in a dtype."""
+    return program(case, dtype)(*first_group(case, arrays))
+
+
+def program(case: Case, dtype: Any = jnp.float32) -> Any:
+    """Returns the function of the first group's arrays under `jax.jit`: out, dQ, dK and dV."""
     size = case.block_size
     chunk = size * max(1, min(_CHUNK, case.length) // size)
     while case.length % chunk:
@@ -82,10 +97,9 @@ def _expected(case: Case, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         out = lax.map(lambda args: once(*args), (chunks, blocks, starts))
         return out.swapaxes(0, 1).reshape(query.shape)
 
-    @jax.jit
     def run(*arrays: Array) -> tuple[Array, ...]:
-        *inputs, d_out = (array.astype(jnp.float32) for array in arrays)
+        *inputs, d_out = (array.astype(dtype) for array in arrays)
         out, pull = jax.vjp(attend, *inputs)
         return out, *pull(d_out)
 
-    return run(*arrays)
+    return jax.jit(run)

@@ -1,0 +1,416 @@
+"""The steps of `device.py`: each call is a process that does one of them.
+
+It writes lines of JSON to what was its standard output: the state that it enters, rows of
+results, and the error that ended it. A line that it reads gives it its turn on the GPU.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import BlockMask, autotune, block_max_attention, block_sparse_attention
+from pallas_kernels.bench import contenders, timing, truth
+from pallas_kernels.bench.cases import Case
+from pallas_kernels.bench.contenders import Prepared, Unavailable
+from pallas_kernels.selection import CannotRun
+
+ROOT = pathlib.Path(__file__).parents[1]
+_NAMES = ("out", "d_query", "d_key", "d_value")
+
+
+class Parent:
+    """The process that gives turns and keeps results."""
+
+    def __init__(self, messages: IO[str], answers: IO[str], out: pathlib.Path) -> None:
+        self._messages = messages
+        self._answers = answers
+        self.out = out
+
+    def send(self, **message: Any) -> None:
+        """Sends a message."""
+        print(json.dumps(message), file=self._messages, flush=True)
+
+    def row(self, **values: Any) -> None:
+        """Adds a row to the results."""
+        self.send(row=values)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Waits until no other step is on the GPU, and keeps it until the block ends."""
+        self.send(state="waiting")
+        if not self._answers.readline():
+            raise SystemExit("the parent is gone")
+        yield
+        self.send(state="compiling")
+
+
+def main(job: dict[str, Any]) -> int:
+    """Runs the step of a job; returns the exit code."""
+    messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    parent = Parent(messages, sys.stdin, pathlib.Path(job["out"]))
+    try:
+        globals()[job["function"]](parent, **job["arguments"])
+    except (Unavailable, CannotRun) as reason:
+        parent.row(kind="unavailable", reason=str(reason), **job["arguments"])
+    # Whatever a compiler, a launch or a library of others complains of.
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1]
+        parent.send(error=": ".join([type(error).__name__, *first])[:500])
+        raise
+    return 0
+
+
+def machine(parent: Parent, matrix: int, copied: int, rounds: int) -> None:
+    """Names the device, and measures what a product and a copy reach on it."""
+    parent.row(kind="device", device=timing.device(), card=_card())
+    keys = jax.random.split(jax.random.key(0), 2)
+    factors = [jax.random.normal(key, (matrix, matrix), jnp.bfloat16) for key in keys]
+    product = jax.jit(jnp.matmul).lower(*factors).compile()
+    # One number more in every place: a plain copy would be left out.
+    source = jnp.arange(copied, dtype=jnp.int32)
+    copy = jax.jit(lambda x: x + 1).lower(source).compile()
+    with parent.turn():
+        passes = {"product": _repeat(product, *factors), "copy": _repeat(copy, source)}
+        ms = timing.samples_ms(passes, rounds, "ceilings")
+    work = {"product": 2 * matrix**3, "copy": 8 * copied}
+    for name, samples in ms.items():
+        rate = work[name] / statistics.median(samples) / 1e9
+        parent.row(kind="ceiling", name=name, tera_per_second=rate, **_spread(samples))
+
+
+def check_attention(parent: Parent, implementation: str, case: dict[str, Any]) -> None:
+    """Compares all heads of a kernel, forward and backward, with float32 on the device."""
+    size = Case(**case)
+    *inputs, d_out = size.arrays()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(name: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        attend = functools.partial(
+            block_sparse_attention,
+            block_mask=size.block_mask(),
+            is_causal=True,
+            implementation=name,
+        )
+        *inputs, d_out = arrays
+        out, pull = jax.vjp(attend, *inputs)
+        return out, *pull(d_out)
+
+    wide = [array.astype(jnp.float32) for array in (*inputs, d_out)]
+    run = both.lower(implementation, *inputs, d_out).compile()
+    reference = both.lower("reference", *wide).compile()
+    with parent.turn():
+        actual, expected = run(*inputs, d_out), reference(*wide)
+        errors = dict(zip(_NAMES, map(_distance, actual, expected), strict=True))
+        again = run(*inputs, d_out)
+        same = all(map(np.array_equal, map(_bits, actual), map(_bits, again)))
+    tolerance = 0.01
+    parent.row(
+        kind="check",
+        operation="attention",
+        implementation=implementation,
+        case=case,
+        errors=errors,
+        tolerance=tolerance,
+        same_bits_again=same,
+        passed=all(error <= tolerance for error in errors.values()),
+    )
+
+
+def check_block_max(parent: Parent, implementation: str, case: dict[str, Any]) -> None:
+    """Compares the maxima of a kernel with those of float32 on the device."""
+    size = Case(**case)
+    query, key, value, _ = size.arrays()
+    wide = [array.astype(jnp.float32) for array in (query, key, value)]
+
+    @jax.jit
+    def log_sum_exp(*arrays: jax.Array) -> jax.Array:
+        mask = size.block_mask()
+        return block_sparse_attention(
+            *arrays, mask, is_causal=True, implementation="reference", return_lse=True
+        )[1]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def maxima(name: str, query: jax.Array, key: jax.Array, lse: jax.Array) -> jax.Array:
+        blocks = {"query_block_size": size.block_size, "key_block_size": size.block_size}
+        return block_max_attention(query, key, lse, is_causal=True, implementation=name, **blocks)
+
+    shape = jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
+    run = maxima.lower(implementation, query, key, shape).compile()
+    with parent.turn():
+        lse = log_sum_exp(*wide)
+        error = _distance(run(query, key, lse), maxima("reference", *wide[:2], lse))
+    tolerance = 0.01
+    parent.row(
+        kind="check",
+        operation="block_max",
+        implementation=implementation,
+        case=case,
+        errors={"out": error},
+        tolerance=tolerance,
+        passed=error <= tolerance,
+    )
+
+
+def truths(parent: Parent, case: dict[str, Any]) -> None:
+    """Computes what the contenders of a case are compared with, once."""
+    size = Case(**case)
+    group = truth.first_group(size, size.arrays())
+    program = truth.program(size).lower(*group).compile()
+    with parent.turn():
+        np.savez(_truth_file(size), *map(np.asarray, program(*group)))
+
+
+def timed(
+    parent: Parent,
+    contender: str,
+    case: dict[str, Any],
+    rounds: int,
+    compile_on_gpu: bool = False,
+) -> None:
+    """Times forward and backward of a contender, after comparing them with the truth."""
+    size = Case(**case)
+    method = contenders.BASELINES.get(contender)
+    if method is None:
+        method = functools.partial(contenders.ours, implementation=contender)
+    arrays = size.arrays()
+    if compile_on_gpu:
+        with parent.turn():
+            ready = method(size, arrays)
+            _time(parent, contender, size, ready, rounds)
+        return
+    ready = method(size, arrays)
+    with parent.turn():
+        _time(parent, contender, size, ready, rounds)
+
+
+def _time(parent: Parent, contender: str, case: Case, ready: Prepared, rounds: int) -> None:
+    row = {"kind": "time", "contender": contender, "case": vars_of(case)}
+    with np.load(_truth_file(case)) as stored:
+        expected = tuple(jnp.asarray(stored[name]) for name in stored.files)
+    errors = truth.errors(case, ready.results(), expected)
+    tolerance = truth.tolerance(case)
+    passed = all(error <= tolerance for error in errors.values())
+    parent.row(**row | {"kind": "check"}, errors=errors, tolerance=tolerance, passed=passed)
+    if not passed:
+        return
+    for name in ("forward", "backward"):
+        run = getattr(ready, name)
+        if run is None:
+            continue
+        samples = timing.samples_ms({name: run}, rounds, contender)[name]
+        tflops = case.flops()[name] / statistics.median(samples) / 1e9
+        parent.row(**row, **{"pass": name}, tflops=tflops, **_spread(samples))
+
+
+def lists(parent: Parent, implementation: str, case: dict[str, Any]) -> None:
+    """Times the building of lists, on the host and on the device, and attention with each."""
+    size = Case(**case)
+    sizes = (size.length, size.length, size.block_size, size.block_size)
+    build = functools.partial(BlockMask.from_block_map, is_causal=True)
+    block_map = jnp.asarray(size.block_map)
+
+    @jax.jit
+    def build_there(block_map: jax.Array) -> BlockMask:
+        return build(block_map, *sizes)
+
+    *inputs, _ = size.arrays()
+
+    @jax.jit
+    def attend(block_mask: BlockMask, *inputs: jax.Array) -> jax.Array:
+        return block_sparse_attention(
+            *inputs, block_mask, is_causal=True, implementation=implementation
+        )
+
+    there = build_there.lower(block_map).compile()
+    traced = attend.lower(jax.eval_shape(build_there, block_map), *inputs).compile()
+    constant = jax.jit(functools.partial(attend, size.block_mask())).lower(*inputs).compile()
+    with parent.turn():
+        block_mask = there(block_map)
+        passes = {
+            "lists on the host": _repeat(build, size.block_map, *sizes),
+            "lists in jit": _repeat(there, block_map),
+            "forward, lists cut in jit": _repeat(traced, block_mask, *inputs),
+            "forward, lists cut before": _repeat(constant, *inputs),
+        }
+        ms = timing.samples_ms(passes, 5, "lists")
+    for name, samples in ms.items():
+        parent.row(
+            kind="lists", name=name, implementation=implementation, case=case, **_spread(samples)
+        )
+
+
+def tests(parent: Parent, name: str, options: list[str]) -> None:
+    """Runs pytest; a row for each test that ended, as soon as it has."""
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options]
+    outcome = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED)\s")
+    test = re.compile(r"\S+::\S+?(\[.*\])?(?=\s|$)")
+    with parent.turn(), (parent.out / f"{name}.txt").open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for line in process.stdout or ():
+            log.write(line)
+            log.flush()
+            found, node = outcome.search(line), test.search(line)
+            # The summary at the end names the failed ones once more.
+            if found and node and not line.startswith(found[1]):
+                parent.row(kind="test", test=node[0], outcome=found[1].lower())
+        if process.wait():
+            raise RuntimeError(f"pytest ended with {process.returncode}: see {name}.txt")
+
+
+def autotuned(parent: Parent, implementation: str, case: dict[str, Any]) -> None:
+    """Times the plans of a kernel."""
+    size = Case(**case)
+    *inputs, _ = size.arrays()
+    mask = size.block_mask()
+    with parent.turn():
+        reports = autotune(*inputs, mask, is_causal=True, implementation=implementation)
+    for report in reports:
+        for number, plan in enumerate(report.plans):
+            parent.row(
+                kind="plan",
+                implementation=implementation,
+                case=case,
+                plan=repr(plan),
+                is_default=number == 0,
+                is_fastest=plan == report.fastest,
+                ms=report.ms.get(number),
+                failure=report.failures.get(number),
+            )
+
+
+def errors(parent: Parent, implementation: str, case: dict[str, Any]) -> None:
+    """Measures the errors of float32 against float64 on the device."""
+    size = Case(**case)
+    arrays = size.arrays()
+    ready = contenders.ours(size, arrays, implementation)
+    with parent.turn():
+        results = ready.results()
+        with jax.enable_x64(True):
+            expected = truth.expected(size, arrays, jnp.float64)
+            found = truth.errors(size, results, expected)
+    parent.row(kind="float32", implementation=implementation, case=case, errors=found)
+
+
+def training(parent: Parent, config: str, steps: int) -> None:
+    """Times bare training steps of a config, with one piece of its batch."""
+    try:
+        from sparseformer_jax import config_flags, describe, mesh
+        from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
+        from sparseformer_jax.training.state import ModelDef, init_state
+        from sparseformer_jax.training.step import make_train_step
+    except ImportError as error:
+        raise Unavailable(f"needs {error.name}") from error
+    settings = config_flags.load(str(ROOT / "configs" / config))
+    settings.train.batch_size //= settings.train.accumulation_steps
+    settings.train.accumulation_steps = 1
+    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])) as _:
+        model_def = ModelDef(settings)
+        trainable = {name: model_def.variables[name] for name in model_def.trainable()}
+        optimizer = make_optimizer(settings.optimizer, settings.train.num_steps, trainable)
+        schedule = make_schedule(settings.optimizer, settings.train.num_steps)
+        state = jax.jit(lambda: init_state(model_def, optimizer, jax.random.key(0)))()
+        batch = _random_batch(settings)
+        step = jax.jit(make_train_step(model_def, optimizer, schedule), donate_argnums=0)
+        with parent.turn():
+            # XLA times its choices for products while it compiles.
+            compiled = step.lower(state, batch).compile()
+            state, metrics = compiled(state, batch)
+            losses, samples = [float(metrics["loss"])], []
+            for _ in range(steps):
+                start = time.perf_counter()
+                state, metrics = compiled(state, batch)
+                losses.append(float(metrics["loss"]))
+                samples.append(1e3 * (time.perf_counter() - start))
+        cost = describe.costs(settings, model_def)
+    tokens = settings.train.batch_size * settings.data.seq_len
+    per_second = 1e3 * tokens / statistics.median(samples)
+    memory: Any = compiled.memory_analysis()
+    parent.row(
+        kind="training",
+        config=config,
+        tokens=tokens,
+        tokens_per_second=per_second,
+        tflops=3 * cost.forward_flops * per_second / 1e12,
+        losses=losses,
+        temporary_mib=memory.temp_size_in_bytes / 2**20,
+        passed=bool(np.isfinite(losses).all()) and losses[-1] < losses[0],
+        **_spread(samples),
+    )
+
+
+def _random_batch(config: Any) -> dict[str, jax.Array]:
+    shape = (1, config.train.batch_size, config.data.seq_len)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size)
+    arrays = {
+        "inputs": tokens,
+        "targets": jnp.roll(tokens, -1, -1),
+        "positions": jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape),
+        "segment_ids": jnp.ones(shape, jnp.int32),
+        "weights": jnp.ones(shape, jnp.float32),
+    }
+    from sparseformer_jax import describe
+
+    shapes = describe.abstract_batch(config, jax.sharding.get_mesh())
+    return {name: jax.device_put(arrays[name], shapes[name].sharding) for name in shapes}
+
+
+def vars_of(case: Case) -> dict[str, Any]:
+    """Returns the fields of a case."""
+    return {name: getattr(case, name) for name in case.__dataclass_fields__}
+
+
+def _truth_file(case: Case) -> pathlib.Path:
+    return pathlib.Path(os.environ["DEVICE_SCRATCH"]) / (
+        f"truth_{case.length}_{case.block_size}_{case.density}.npz"
+    )
+
+
+def _repeat(function: Callable[..., Any], *arguments: Any) -> Callable[[int], None]:
+    def run(times: int) -> None:
+        jax.block_until_ready([function(*arguments) for _ in range(times)][-1])
+
+    return run
+
+
+def _spread(samples: list[float]) -> dict[str, float]:
+    return {"ms": statistics.median(samples), "ms_min": min(samples), "ms_max": max(samples)}
+
+
+def _distance(one: jax.Array, other: jax.Array) -> float:
+    """Returns ||one - other|| / ||other||."""
+    difference = jnp.linalg.norm((one.astype(jnp.float32) - other).ravel())
+    return float(difference / jnp.linalg.norm(other.ravel()))
+
+
+def _bits(array: jax.Array) -> np.ndarray:
+    return np.asarray(array).view(np.uint16)
+
+
+def _card() -> str | None:
+    """Returns what NVIDIA's driver says of the card; None where there is none."""
+    query = "name,driver_version,clocks.sm,clocks.mem,power.limit,memory.total"
+    try:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))
