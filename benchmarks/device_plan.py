@@ -124,7 +124,7 @@ def steps(platform: str) -> list[Step]:
             Step(f"float32 {name} {length}", "errors", {"implementation": name, "case": case})
             for length in sizes.lengths
             for case in [sizes.errors | {"length": length}]
-            for name in (*sizes.kernels, "xla")
+            for name in dict.fromkeys([*sizes.kernels, "xla"])
         ),
         *(
             Step(f"train {model}", "training", {"config": model, "steps": sizes.steps}, 150, 60)
