@@ -324,9 +324,9 @@ def training(parent: Parent, config: str, steps: int) -> None:
     settings = config_flags.load(str(ROOT / "configs" / config))
     settings.train.batch_size //= settings.train.accumulation_steps
     settings.train.accumulation_steps = 1
-    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])) as _:
+    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
         model_def = ModelDef(settings)
-        trainable = {name: model_def.variables[name] for name in model_def.trainable()}
+        trainable = {name: model_def.params[name] for name in model_def.trainable()}
         optimizer = make_optimizer(settings.optimizer, settings.train.num_steps, trainable)
         schedule = make_schedule(settings.optimizer, settings.train.num_steps)
         state = jax.jit(lambda: init_state(model_def, optimizer, jax.random.key(0)))()

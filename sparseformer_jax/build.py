@@ -1,12 +1,17 @@
 """Builds what a config describes: the model, and the tokenizer that fits it."""
 
+from typing import TYPE_CHECKING
+
 from flax import nnx
 from ml_collections import ConfigDict
 
-from sparseformer_jax import data, registry
+from sparseformer_jax import registry
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from sparseformer_jax.data import Tokenizer
 
 
 def make_model(config: ConfigDict, *, rngs: nnx.Rngs) -> Transformer:
@@ -20,12 +25,14 @@ def make_model(config: ConfigDict, *, rngs: nnx.Rngs) -> Transformer:
     return Transformer(ModelConfig(**config.model), method.Method, options, rngs=rngs)
 
 
-def make_tokenizer(config: ConfigDict) -> data.Tokenizer:
+def make_tokenizer(config: ConfigDict) -> "Tokenizer":
     """Returns the tokenizer of a config.
 
     Raises:
       ConfigError: the model has no row for some of its tokens.
     """
+    from sparseformer_jax import data  # Models need no data libraries.
+
     tokenizer = data.make_tokenizer(config.data)
     if config.model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
