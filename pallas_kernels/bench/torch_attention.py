@@ -44,7 +44,9 @@ def flex(case: Case, arrays: tuple[Array, ...]) -> Prepared:
     )
 
     # FlexAttention's backward pass exists on GPUs alone.
-    return _prepare(attend, arrays, is_sparse=True, has_backward=_DEVICE == "cuda")
+    prepared = _prepare(attend, arrays, is_sparse=True, has_backward=_DEVICE == "cuda")
+    prepared.results()  # The first call compiles.
+    return prepared
 
 
 def _block_mask(case: Case) -> BlockMask:
