@@ -21,6 +21,7 @@ image with jax, flax, optax and torch for Python 3.12 lacks:
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the steps that the command line asks for; returns the exit code."""
     args = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
-    plan = [step for step in steps(args.platform) if re.search(args.only, step.name)]
+    plan = chosen(steps(args.platform), args.only)
     command = "python benchmarks/device.py " + shlex.join(
         sys.argv[1:] if arguments is None else arguments
     )
@@ -66,10 +67,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="then stop (default: 9)")
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu", help="default: gpu")
-    parser.add_argument("--only", default="", help="regular expression of steps to run")
+    parser.add_argument(
+        "--only", default="", help="run steps whose names match this regular expression"
+    )
     jobs = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument("--jobs", type=int, default=jobs, help=f"processes (default: {jobs})")
     return parser.parse_args(arguments)
+
+
+def chosen(plan: Sequence[Step], pattern: str) -> list[Step]:
+    """Returns the steps whose names match, and those that must have ended before them."""
+    found = [step for step in plan if re.search(pattern, step.name)]
+    needed = {name for step in found for name in step.after}
+    return [step for step in plan if step in found or step.name in needed]
 
 
 @dataclasses.dataclass
@@ -202,7 +212,8 @@ class Run:
             self._end(child)
             return
         *lines, child.pending = (child.pending + data).split(b"\n")
-        for message in map(json.loads, lines):
+        # A library may have printed something before the step took its output away.
+        for message in (json.loads(line) for line in lines if line.startswith(b"{")):
             if "row" in message:
                 rows: list[Any] = self._results["rows"]  # type: ignore[assignment]
                 rows.append({"step": child.step.name} | message["row"])
@@ -228,8 +239,10 @@ class Run:
         for child in sorted(self._children, key=lambda c: self._planned.index(c.step.name)):
             if child.state == "waiting" and not running & set(child.step.after):
                 self._enter(child, "gpu")
-                child.process.stdin.write("go\n")
-                child.process.stdin.flush()
+                # Where it has died, the end of its messages is read next.
+                with contextlib.suppress(BrokenPipeError):
+                    child.process.stdin.write("go\n")
+                    child.process.stdin.flush()
                 return
 
     def _end_if_overdue(self, child: Child) -> None:
@@ -242,17 +255,16 @@ class Run:
         """Kills what is left of a step's processes and notes how it ended."""
         code = None
         if status is None:
-            code = child.process.wait()
-        try:
+            code = _wait(child.process)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        child.process.wait()
+        _wait(child.process)
         self._enter(child, "done")
         self._children.remove(child)
         self._selector.unregister(child.process.stdout)
         child.process.stdout.close()
-        child.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            child.process.stdin.close()
         own = self._status[child.step.name]
         own["status"] = status or ("ok" if code == 0 else "failed")
         own["gpu_seconds"] = round(child.gpu_seconds, 2)
@@ -272,6 +284,13 @@ class Run:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._results, indent=1), encoding="utf-8")
         temporary.replace(path)
+
+
+def _wait(process: subprocess.Popen[str]) -> int | None:
+    """Returns the exit code; None for a process that the driver does not let go."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(timeout=10)
+    return None
 
 
 if __name__ == "__main__":
