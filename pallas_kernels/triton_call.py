@@ -10,8 +10,6 @@ from jaxtyping import Array
 
 from pallas_kernels.targets import Target
 
-Grid = tuple[int, int, int]
-
 OLDEST, NEWEST = (3, 6), (3, 9)
 """The versions of Triton that compile the kernels, as setup.cfg asks for them."""
 
@@ -47,7 +45,7 @@ def call(
     kernel: Any,
     *arrays: Array,
     out_shape: Sequence[jax.ShapeDtypeStruct],
-    grid: Grid,
+    programs: int,
     resources: Resources,
     target: Target,
     zeroed: bool = False,
@@ -60,7 +58,7 @@ def call(
             results, then compile-time constants.
         *arrays: what it reads, row-major.
         out_shape: shapes of what it writes.
-        grid: number of programs along three axes.
+        programs: how many there are, numbered from 0.
         resources: what each runs on.
         target: the machine that it is compiled for.
         zeroed: fill the results with zeros first, for kernels that leave some out.
@@ -72,7 +70,7 @@ def call(
         *arrays,
         kernel=kernel,
         out_shape=tuple(out_shape),
-        grid=grid,
+        grid=(programs,),
         name=kernel.fn.__name__,
         num_warps=resources.warps,
         num_stages=resources.stages,

@@ -16,6 +16,8 @@ from pallas_kernels.rules import Dense
 from pallas_kernels.targets import Target
 
 _LARGEST_HEAD_DIM = {8: 128, 9: 256, 10: 128}
+# The second and third axis of a grid end there.
+_LARGEST_BATCH = 65535
 
 
 def refusal(call: Call, target: Target) -> str | None:
@@ -30,6 +32,9 @@ def refusal(call: Call, target: Target) -> str | None:
         return f"head_dim={head_dim} must be a multiple of 8 and at most {largest}"
     if call.query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16, not {call.query.dtype}"
+    batch = call.query.shape[0]
+    if batch > _LARGEST_BATCH:
+        return f"batch={batch} must be at most {_LARGEST_BATCH}, CUDA's limit on a grid"
     if call.return_lse:
         return "it has no gradient through the log-sum-exp that return_lse asks for"
     return _reason_to_need_a_mask(call)

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import BlockMask, Dense, Local
+from pallas_kernels import BlockMask, Dense, Local, block_sparse_attention, targets
 from pallas_kernels.block_sparse_attention import mosaic_gpu
 from pallas_kernels.block_sparse_attention.mosaic_gpu import softmax, tuning
 from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
@@ -98,6 +98,28 @@ def test_interpreted_kernels_agree_with_reference(name, monkeypatch):
     assert mosaic_gpu.refusal(call, SIMULATED) is None
     actual = kernel_cases.results(functools.partial(mosaic_gpu.attend, target=SIMULATED), call)
     kernel_cases.assert_agree(actual, kernel_cases.expected(call), case.dtype)
+
+
+def test_grids_have_the_one_axis_that_holds_any_batch(monkeypatch):
+    """MASFormer's blocks are a batch; CUDA ends the second and third axis at 65535."""
+    grids, kernel = [], plgpu.kernel
+
+    def record(*arguments, grid, **options):
+        grids.append(grid)
+        return kernel(*arguments, grid=grid, **options)
+
+    monkeypatch.setattr(plgpu, "kernel", record)
+    batch, heads, length = 70_000, 2, 256
+    mask = BlockMask.from_rule(Dense(), length, is_causal=True)
+    attend = functools.partial(
+        block_sparse_attention, block_mask=mask, is_causal=True, implementation="mosaic_gpu"
+    )
+    shape = jax.ShapeDtypeStruct((batch, length, heads, 64), jnp.bfloat16)
+    with targets.use(HOPPER):
+        jax.eval_shape(lambda *arrays: jax.vjp(attend, *arrays)[1](arrays[0]), *[shape] * 3)
+    assert len(grids) == 3
+    for (blocks,) in grids:
+        assert blocks > batch * heads
 
 
 def test_races_are_told(capsys):

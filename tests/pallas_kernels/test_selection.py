@@ -49,6 +49,14 @@ def test_the_best_that_can_run(target, block_mask, options, taken):
     assert explained(target, block_mask, **options).taken == taken
 
 
+def test_a_batch_longer_than_an_axis_of_cudas_grids_is_not_sent_to_cudnn():
+    arrays = [jax.ShapeDtypeStruct((70_000, *x.shape[1:]), x.dtype) for x in shapes()]
+    with targets.use(HOPPER):
+        choice = explain(*arrays, DENSE, is_causal=True)
+    assert choice.taken == "mosaic_gpu"
+    assert choice.refusals["cudnn"].startswith("batch=70000 must be at most 65535")
+
+
 def test_every_tile_listed_is_dense_whoever_listed_it():
     full = np.tril(np.ones((1, 4, 4), bool))
     whole = BlockMask.from_block_map(full, 256, 256, 64, 64, is_causal=True)

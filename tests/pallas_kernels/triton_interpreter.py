@@ -47,12 +47,12 @@ def run_checks(check, names):
     print(json.dumps(found))
 
 
-def _call(kernel, *arrays, out_shape, grid, resources, target, zeroed=False, **constants):
+def _call(kernel, *arrays, out_shape, programs, resources, target, zeroed=False, **constants):
     """Stands in for `triton_call.call`; what a kernel forgets to write stays NaN."""
 
     def run(*arrays):
         outputs = [_to_torch(np.full(x.shape, 0 if zeroed else np.nan, x.dtype)) for x in out_shape]
-        kernel[grid](*(_to_torch(x) for x in arrays), *outputs, **constants)
+        kernel[(programs,)](*(_to_torch(x) for x in arrays), *outputs, **constants)
         return tuple(_from_torch(x, y.dtype) for x, y in zip(outputs, out_shape, strict=True))
 
     return jax.pure_callback(run, tuple(out_shape), *arrays)

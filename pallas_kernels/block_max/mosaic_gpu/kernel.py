@@ -80,6 +80,7 @@ def block_max(plan: Plan, operands: Operands) -> Float[Array, "B n M J"]:
 
 def _kernel(
     plan: Plan,
+    block: kernels.Place,
     given: Operands,
     outputs: tuple[Any, ...],
     keys: Any,
@@ -90,7 +91,7 @@ def _kernel(
     """One tile of keys; see `block_max` for the scratch."""
     (out,) = outputs
     # Under causality the first tiles are seen by most queries: they start first.
-    batch, head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+    batch, head, tile = block
     path = Path.of(plan, given.sight, batch, tile)
     ring = Ring(*queries)
 

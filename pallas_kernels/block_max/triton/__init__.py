@@ -42,20 +42,18 @@ def block_max(call: Call, target: Target) -> Float[Array, "B n M J"]:
     if call.segment_ids is not None:
         query_ids = queries.cut(call.segment_ids[0].astype(jnp.int32))
         key_ids = keys.cut(call.segment_ids[1].astype(jnp.int32))
-    rows = queries.slots // spec.rows
-    heads = spec.heads // spec.heads_per_row
-    shape = (call.query.shape[0], heads, queries.slots, keys.slots)
+    shape = (call.query.shape[0], spec.row_heads, queries.slots, keys.slots)
     (maxima,) = triton_call.call(
         kernel.block_max,
         queries.cut(call.query),
         keys.cut(call.key),
         queries.cut(call.lse.astype(jnp.float32)),
-        *_visible_columns(spec, rows, call.query_offset),
+        *_visible_columns(spec, call.query_offset),
         call.query_offset,
         query_ids,
         key_ids,
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32)],
-        grid=(rows, heads, shape[0]),
+        programs=shape[0] * spec.row_heads * spec.row_programs,
         resources=Resources(warps=8, stages=3),
         target=target,
         zeroed=True,
@@ -94,11 +92,11 @@ def _is_exact(call: Call) -> bool:
 
 
 def _visible_columns(
-    spec: Spec, rows: int, offset: Int[Array, ""]
+    spec: Spec, offset: Int[Array, ""]
 ) -> tuple[Int[Array, "rows"], Int[Array, "rows"]]:
     """Returns where the columns that a row of blocks sees start and stop."""
     queries, size = spec.query_axis, spec.query_tile * spec.query_pieces
-    first = jnp.arange(rows, dtype=jnp.int32) * size
+    first = jnp.arange(spec.row_programs, dtype=jnp.int32) * size
     ends = (offset + queries.token(x) for x in (first, first + size - 1))
     find = jax.vmap(functools.partial(visible_tiles, spec.geometry, spec.key_axis))
     start, stop = find(*ends)

@@ -11,7 +11,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from pallas_kernels.block_sparse_attention.triton.parts import logits
+from pallas_kernels.block_sparse_attention.triton.parts import located, logits
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -31,8 +31,9 @@ def block_max(
     spec: tl.constexpr,
 ) -> None:
     """Writes the columns that a row of blocks may see."""
-    row, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + row) * spec.rows
+    batch, head, row = located(spec.row_programs, spec.row_heads)
+    batch = batch.to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * spec.rows
     at = (first + tl.arange(0, spec.rows)[:, None]) * spec.columns
     at += tl.arange(0, spec.columns_in_tile)[None, :]
     q, position, log_total, tokens = _queries(query, lse, offset, batch, head, row, 0, spec)
@@ -50,9 +51,7 @@ def block_max(
                 others = batch * spec.keys + index
                 k = _load(key, others * spec.kv_heads + head // spec.heads_per_key, spec)
                 raw = tl.dot(q, tl.trans(k), input_precision=spec.precision)
-                seen = _seen(
-                    position[:, None], _token(index, tl.constexpr(spec.key_axis))[None, :], spec
-                )
+                seen = _seen(position[:, None], _key_token(index, spec)[None, :], spec)
                 if spec.has_segments:
                     ids = tl.load(query_ids + tokens)
                     seen &= ids[:, None] == tl.load(key_ids + others)[None, :]
@@ -80,7 +79,7 @@ def _queries(
     index = tile * spec.query_tile + tl.arange(0, spec.query_tile)
     tokens = batch * spec.queries + index
     heads = tokens * spec.heads + (head * spec.heads_per_row + part // spec.query_pieces)
-    position = tl.load(offset) + _token(index, tl.constexpr(spec.query_axis))
+    position = tl.load(offset) + _query_token(index, spec)
     return _load(query, heads, spec), position, tl.load(lse + heads) * _LOG2_E, tokens
 
 
@@ -97,12 +96,26 @@ def _load(pointer: tl.tensor, rows: tl.tensor, spec: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 @no_type_check
-def _token(index: tl.tensor, axis: tl.constexpr) -> tl.tensor:
+def _query_token(index: tl.tensor, spec: tl.constexpr) -> tl.tensor:
+    return _token(index, spec.query_axis.block, spec.query_axis.padded, spec.query_axis.length)
+
+
+@triton.jit
+@no_type_check
+def _key_token(index: tl.tensor, spec: tl.constexpr) -> tl.tensor:
+    return _token(index, spec.key_axis.block, spec.key_axis.padded, spec.key_axis.length)
+
+
+@triton.jit
+@no_type_check
+def _token(
+    index: tl.tensor, block: tl.constexpr, padded: tl.constexpr, length: tl.constexpr
+) -> tl.tensor:
     """Returns the token at an index of the padded sequence, see `axis.Axis.token`."""
-    if axis.padded != axis.block:
-        within = tl.minimum(index % axis.padded, axis.block - 1)
-        index = index // axis.padded * axis.block + within
-    return tl.minimum(index, axis.length - 1)
+    if padded != block:
+        within = tl.minimum(index % padded, block - 1)
+        index = index // padded * block + within
+    return tl.minimum(index, length - 1)
 
 
 @triton.jit

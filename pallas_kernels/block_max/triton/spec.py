@@ -90,9 +90,19 @@ class Spec(ProductSpec):
         return self.heads // self.kv_heads if self.over_group else 1
 
     @property
+    def row_heads(self) -> int:
+        """Heads of the result."""
+        return self.heads // self.heads_per_row
+
+    @property
+    def row_programs(self) -> int:
+        """Programs of a head of the result."""
+        return self.query_axis.slots // self.rows
+
+    @property
     def heads_per_key(self) -> int:
         """Heads of the result that read a key head."""
-        return self.heads // self.heads_per_row // self.kv_heads
+        return self.row_heads // self.kv_heads
 
     @property
     def parts(self) -> int:

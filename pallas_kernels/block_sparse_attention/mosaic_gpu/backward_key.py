@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
 from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, softmax
-from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask
+from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask, Place
 from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import Ring, tile_scratch
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rows import Rows
@@ -87,6 +87,7 @@ def key_gradients(
 
 def _kernel(
     plan: Plan,
+    block: Place,
     arrays: tuple[Any, ...],
     mask: Mask,
     outputs: tuple[Any, ...],
@@ -101,7 +102,7 @@ def _kernel(
     tiling, heads, count = plan.d_key, query_ref.shape[2], plan.options.pieces
     is_shared = keys.shape[0] == _WARPGROUPS
     # Under causality the first tiles have the longest lists: they start first.
-    batch, kv_head, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
+    batch, kv_head, tile = block
     group = _Group(mask.lists, batch, kv_head, tile, heads, heads // key_ref.shape[2])
     queries, d_outs, statistics = (Ring(*scratch) for scratch in streamed)
 

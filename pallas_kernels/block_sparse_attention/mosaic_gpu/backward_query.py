@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.differentiable import Plan, Tables
 from pallas_kernels.block_sparse_attention.mosaic_gpu import kernels, pieces, softmax
-from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask
+from pallas_kernels.block_sparse_attention.mosaic_gpu.kernels import Entries, Mask, Place
 from pallas_kernels.block_sparse_attention.mosaic_gpu.masks import TileMask
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import Ring, tile_scratch
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rows import Rows
@@ -69,6 +69,7 @@ def query_gradient(
 
 def _kernel(
     plan: Plan,
+    block: Place,
     arrays: tuple[Any, ...],
     mask: Mask,
     outputs: tuple[Any, ...],
@@ -83,9 +84,9 @@ def _kernel(
     (gradient_ref,) = outputs
     tiling, heads, count = plan.d_query, query_ref.shape[2], plan.options.pieces
     parts, packed = tiling.query_tile // ROWS, plan.options.d_query_heads
-    batch, first_head = lax.axis_index("batch"), lax.axis_index("head") * packed
+    batch, first_head = block.batch, block.head * packed
     # Under causality the last tiles have the longest lists: they start first.
-    tile = query_ref.shape[1] // tiling.query_tile - 1 - lax.axis_index("tile")
+    tile = query_ref.shape[1] // tiling.query_tile - 1 - block.tile
     entries = Entries.of(mask.lists, batch, first_head, heads, tile)
     keys, values = Ring(*keys), Ring(*values)
 

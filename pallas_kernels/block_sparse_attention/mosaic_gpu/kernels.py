@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +24,15 @@ _State = TypeVar("_State")
 _COMPUTE_REGISTERS = 240
 _PRODUCER_REGISTERS = 24
 WARPGROUP_AXIS = "warpgroup"
+_GRID_AXIS = "block"
+
+
+class Place(NamedTuple):
+    """What a block of the grid computes."""
+
+    batch: _Number
+    head: _Number
+    tile: _Number
 
 
 class Mask(NamedTuple):
@@ -190,7 +200,7 @@ def launch(
     tables: Tables,
     **options: Any,
 ) -> tuple[Array, ...]:
-    """Runs body(arrays, mask, outputs, *scratch); see `start`."""
+    """Runs body(place, arrays, mask, outputs, *scratch); see `start`."""
     segments = (None, None) if tables.segments is None else tables.segments
     mask = Mask(lists, tables.query_offset, *segments)
     return start(body, (arrays, mask), **options)
@@ -207,25 +217,26 @@ def start(
     compute_warpgroups: int,
     has_barriers: bool = False,
 ) -> tuple[Array, ...]:
-    """Runs body(*operands, outputs, *scratch) on a grid [batch, head, tile].
+    """Runs body(place, *operands, outputs, *scratch) on a grid [batch, head, tile].
 
     The tile is what changes fastest: tiles of one head run together and share the other
-    side in the cache. Operands are trees of arrays; the body gets trees of references.
-    Every store has barriers around it, unless the body has what barriers it needs.
+    side in the cache. The grid has one axis, as CUDA's others end at 65535. Operands are
+    trees of arrays; the body gets trees of references. Every store has barriers around
+    it, unless the body has what barriers it needs.
     """
     arrays, structure = jax.tree.flatten(operands)
 
     def kernel(*refs: Any) -> None:
         given, rest = refs[: len(arrays)], refs[len(arrays) :]
         given = jax.tree.unflatten(structure, given)
-        body(*given, rest[: len(outputs)], *rest[len(outputs) :])
+        body(_place(grid), *given, rest[: len(outputs)], *rest[len(outputs) :])
 
     results = plgpu.kernel(
         kernel,
         out_type=outputs,
         scratch_types=scratch,
-        grid=grid,
-        grid_names=("batch", "head", "tile"),
+        grid=(math.prod(grid),),
+        grid_names=(_GRID_AXIS,),
         num_threads=compute_warpgroups + 1,
         thread_name=WARPGROUP_AXIS,
         compiler_params=plgpu.CompilerParams(
@@ -238,6 +249,13 @@ def start(
         interpret=interpreter() if target.interpret is True else target.interpret,
     )(*arrays)
     return tuple(results)
+
+
+def _place(grid: tuple[int, int, int]) -> Place:
+    _, heads, tiles = (jnp.int32(size) for size in grid)
+    number = lax.axis_index(_GRID_AXIS)
+    row = lax.div(number, tiles)
+    return Place(lax.div(row, heads), lax.rem(row, heads), lax.rem(number, tiles))
 
 
 def interpreter() -> Any:

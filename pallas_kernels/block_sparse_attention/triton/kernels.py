@@ -27,6 +27,7 @@ from pallas_kernels.block_sparse_attention.triton.parts import (
     listed,
     load_keys,
     load_queries,
+    located,
     logits,
     query_start,
     row_start,
@@ -58,7 +59,8 @@ def forward(
     spec: tl.constexpr,
 ) -> None:
     """Writes out and lse (natural) of a query tile."""
-    batch, head, tile = tl.program_id(2), tl.program_id(1), _longest_first(spec)
+    batch, head, tile = located(spec.query_tiles, spec.heads)
+    tile = _longest_first(tile, spec)
     entries, count = listed(counts, batch, head, tile, spec)
     start = query_start(batch, head, tile, spec)
     keys = key_start(batch, head // spec.group, 0, spec)
@@ -112,7 +114,8 @@ def d_query(
     spec: tl.constexpr,
 ) -> None:
     """Writes dQ of a query tile."""
-    batch, head, tile = tl.program_id(2), tl.program_id(1), _longest_first(spec)
+    batch, head, tile = located(spec.query_tiles, spec.heads)
+    tile = _longest_first(tile, spec)
     entries, count = listed(counts, batch, head, tile, spec)
     start = query_start(batch, head, tile, spec)
     keys = key_start(batch, head // spec.group, 0, spec)
@@ -161,7 +164,7 @@ def d_key(
     spec: tl.constexpr,
 ) -> None:
     """Writes dK and dV of a key tile: sums over the query heads that read it."""
-    batch, kv_head, tile = tl.program_id(2), tl.program_id(1), tl.program_id(0)
+    batch, kv_head, tile = located(spec.key_tiles, spec.kv_heads)
     start = key_start(batch, kv_head, tile, spec)
     k, v = load_keys(key + start, spec), load_keys(value + start, spec)
     i, j = tl.arange(0, spec.query_tile), tl.arange(0, spec.key_tile)[:, None]
@@ -198,9 +201,8 @@ def d_key(
 
 @triton.jit
 @no_type_check
-def _longest_first(spec: tl.constexpr) -> tl.tensor:
-    """Returns the tile of a program: causal lists grow, and the last must not start last."""
-    tile = tl.program_id(0)
+def _longest_first(tile: tl.tensor, spec: tl.constexpr) -> tl.tensor:
+    """Returns tiles turned round: causal lists grow, and the last must not start last."""
     if spec.is_causal:
-        tile = tl.num_programs(0) - 1 - tile
+        tile = spec.query_tiles - 1 - tile
     return tile

@@ -27,7 +27,7 @@ def forward(
             jax.ShapeDtypeStruct(query.shape, query.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ],
-        grid=(length // plan.forward.query_tile, heads, batch),
+        programs=batch * heads * (length // plan.forward.query_tile),
         resources=plan.options.forward.resources,
         target=plan.target,
         spec=_spec(plan, plan.forward, tables.forward, query, key, tables),
@@ -46,11 +46,12 @@ def backward(
     d_out: Float[Array, "B T N H"],
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Returns (dQ, dK, dV), see `differentiable.Backend`."""
+    batch, length, heads, _ = query.shape
     (d_query,) = triton_call.call(
         kernels.d_query,
         *(query, key, value, *_facts(tables.d_query, tables), lse, shift, d_out),
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)],
-        grid=(query.shape[1] // plan.d_query.query_tile, query.shape[2], query.shape[0]),
+        programs=batch * heads * (length // plan.d_query.query_tile),
         resources=plan.options.d_query.resources,
         target=plan.target,
         spec=_spec(plan, plan.d_query, tables.d_query, query, key, tables),
@@ -59,7 +60,7 @@ def backward(
         kernels.d_key,
         *(query, key, value, *_facts(tables.d_key, tables), lse, shift, d_out),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key, value)],
-        grid=(key.shape[1] // plan.d_key.key_tile, key.shape[2], key.shape[0]),
+        programs=batch * key.shape[2] * (key.shape[1] // plan.d_key.key_tile),
         resources=plan.options.d_key.resources,
         target=plan.target,
         spec=_spec(plan, plan.d_key, tables.d_key, query, key, tables),

@@ -14,6 +14,17 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 @no_type_check
+def located(tiles: tl.constexpr, heads: tl.constexpr) -> tl.tuple:
+    """Returns (batch, head, tile) of a program, tiles of a head side by side.
+
+    The grid has one axis: CUDA's others end at 65535.
+    """
+    number = tl.program_id(0)
+    return number // (heads * tiles), number // tiles % heads, number % tiles
+
+
+@triton.jit
+@no_type_check
 def query_start(
     batch: tl.tensor, head: tl.tensor, tile: tl.tensor, spec: tl.constexpr
 ) -> tl.tensor:

@@ -116,6 +116,16 @@ class Spec(ProductSpec):
         return self.heads // self.kv_heads
 
     @property
+    def query_tiles(self) -> int:
+        """M."""
+        return self.queries // self.query_tile
+
+    @property
+    def key_tiles(self) -> int:
+        """J."""
+        return self.keys // self.key_tile
+
+    @property
     def query_step(self) -> int:
         """Numbers from one query tile to the next."""
         return self.query_tile * self.heads * self.head_dim
