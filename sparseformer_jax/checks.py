@@ -44,9 +44,14 @@ def convert(field: str, value: Any, annotation: Any) -> Any:
     except TypeError:
         plain = isinstance(annotation, type) and not typing.get_args(annotation)
         expected = annotation.__name__ if plain else annotation
-        raise ConfigError(
-            f"{field}={value!r}: must be {expected}, not {type(value).__name__}"
-        ) from None
+        raise ConfigError(f"{field}={value!r}: must be {expected}, not {_kind(value)}") from None
+
+
+def _kind(value: Any) -> str:
+    """Names the type of a value, and of the items of a tuple."""
+    if not isinstance(value, tuple):
+        return type(value).__name__
+    return f"tuple[{', '.join(type(item).__name__ for item in value)}]"
 
 
 def _convert(value: Any, annotation: Any) -> Any:

@@ -204,21 +204,22 @@ def _saved(workdir: str) -> ConfigDict:
 
 
 def _start_jax(own: flags.FlagValues) -> None:
-    """Turns on the persistent compilation cache and connects the processes."""
+    """Turns on the persistent compilation cache, connects the processes, finds the devices."""
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         folder = pathlib.Path(cache).expanduser() / "sparseformer_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    if "coordinator_address" not in own:
-        return
-    from sparseformer_jax import mesh
+    if "coordinator_address" in own:
+        from sparseformer_jax import mesh
 
-    try:
         mesh.initialize_distributed(own.coordinator_address, own.num_processes, own.process_id)
-    except ValueError as error:
-        raise ConfigError(error) from error
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a word
+        line = str(error).partition("\n")[0] or "no such device; is JAX installed for it?"
+        raise ConfigError(f"JAX_PLATFORMS={jax.config.jax_platforms}: {line}") from error
 
 
 def _validate(config: ConfigDict) -> None:

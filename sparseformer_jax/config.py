@@ -106,8 +106,6 @@ def _annotation(reference: ConfigDict, key: str) -> Any:
 
 def _check_methods(config: ConfigDict) -> None:
     for kind in registry.KINDS:
-        if kind not in config:
-            continue
         chosen = registry.options(kind, config[kind])
         check = getattr(registry.method(kind, config[kind].name), "check", None)
         if check is None:

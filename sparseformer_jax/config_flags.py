@@ -1,8 +1,8 @@
 """A config from the command line: `--config=FILE.py:ARG` and `--config.KEY=VALUE`.
 
 The syntax is that of ml_collections.config_flags. Unlike there, a mistake is told in
-one line, tuples need no quotes, None can be given, and an error inside a config file
-keeps its own traceback.
+one line, tuples need no quotes, None can be given, and an exception that a config file
+raises keeps its own traceback.
 """
 
 import ast
@@ -23,13 +23,14 @@ _BOOLEANS = {"true": True, "false": False}
 def load(file: str) -> ConfigDict:
     """Returns what `get_config()` in a config file makes; "FILE.py:ARG" passes ARG.
 
-    Raises ConfigError if there is no such file or function, or ARG is not expected.
+    Raises ConfigError if there is no such file or function, it is no Python, or ARG is not
+    expected.
     """
     path, _, argument = file.partition(":")
     if not pathlib.Path(path).is_file():
         neighbours = (str(p) for p in pathlib.Path(path).parent.glob("*.py"))
         raise ConfigError(f"config={path}: no such file{suggest(path, neighbours)}")
-    get_config = runpy.run_path(path).get("get_config")
+    get_config = _run(path).get("get_config")
     if get_config is None:
         raise ConfigError(f"config={path}: the file defines no get_config()")
     arguments = (argument,) if argument else ()
@@ -42,6 +43,19 @@ def load(file: str) -> ConfigDict:
         kind = type(config).__name__
         raise ConfigError(f"config={file}: get_config() returned {kind}, no ConfigDict")
     return config
+
+
+def _run(path: str) -> dict[str, Any]:
+    """Returns the names that a config file defines."""
+    try:
+        return runpy.run_path(path)
+    except SyntaxError as error:
+        where = f"line {error.lineno}: " if error.lineno else ""
+        raise ConfigError(f"config={path}: {where}{error.msg}") from None
+    except OSError as error:
+        if error.filename != path:
+            raise
+        raise ConfigError(f"config={path}: {error.strerror}") from None
 
 
 def keys(config: ConfigDict) -> dict[str, type]:

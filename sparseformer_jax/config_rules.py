@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sparseformer_jax.checks import ConfigError, check_choice
+from sparseformer_jax.config_ranges import check_ranges
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,29 +37,6 @@ _CHOICES = {
     "eval.split": ("train", "validation", "test"),
 }
 
-_POSITIVE = (
-    *("model.vocab_size", "model.num_layers", "model.embed_dim", "model.num_heads"),
-    *("model.num_kv_heads", "model.head_dim", "model.mlp_dim", "model.rope_theta"),
-    *("model.max_positions", "model.norm_eps", "model.attention_scale"),
-    *("model.attention_soft_cap", "model.logits_soft_cap", "data.seq_len"),
-    *("train.num_steps", "train.batch_size"),
-    *("train.accumulation_steps", "train.log_every", "optimizer.learning_rate"),
-    *("optimizer.eps", "eval.batch_size", "checkpoint.keep_last"),
-)
-
-_NOT_NEGATIVE = (
-    *("seed", "train.z_loss", "optimizer.warmup_steps", "optimizer.decay_steps"),
-    *("optimizer.weight_decay", "optimizer.clip_norm", "eval.every"),
-    *("eval.num_batches", "checkpoint.every", "checkpoint.keep_every"),
-    *("data.prefetch", "data.num_threads", "optimizer.final_fraction"),
-)
-
-# From 0 to below 1.
-_FRACTIONS = (
-    *("model.dropout", "data.validation_fraction", "data.test_fraction"),
-    *("optimizer.b1", "optimizer.b2", "optimizer.momentum"),
-)
-
 # The first must be a multiple of the second.
 _MULTIPLES = (
     ("model.num_heads", "model.num_kv_heads"),
@@ -76,17 +54,7 @@ def check_values(values: dict[str, Any]) -> None:
     """Checks every value alone: its choices and its range."""
     for field, choices in _CHOICES.items():
         check_choice(field, values[field], choices)
-    for field in _POSITIVE:
-        if values[field] is not None and not values[field] > 0:
-            raise ConfigError(f"{field}={values[field]}: must be positive")
-    for field in _NOT_NEGATIVE:
-        if not values[field] >= 0:
-            raise ConfigError(f"{field}={values[field]}: must not be negative")
-    if values["seed"] >= 2**32:
-        raise ConfigError(f"seed={values['seed']}: must be below 2**32")
-    for field in _FRACTIONS:
-        if not 0 <= values[field] < 1:
-            raise ConfigError(f"{field}={values[field]}: must be from 0 to below 1")
+    check_ranges(values)
 
 
 def check_model(values: dict[str, Any]) -> None:
@@ -131,12 +99,12 @@ def check_steps(values: dict[str, Any]) -> None:
             f"optimizer.decay_steps={decay}: with warmup_steps={used} more than"
             f" train.num_steps={num_steps}"
         )
-    final = values["optimizer.final_fraction"]
-    if not 0 <= final <= 1:
-        raise ConfigError(f"optimizer.final_fraction={final}: must be from 0 to 1")
     profile = values["train.profile_steps"]
-    if profile and not (len(profile) == 2 and 0 <= profile[0] <= profile[1]):
-        raise ConfigError(f"train.profile_steps={profile}: must be (first, last), or () for none")
+    if profile and not (len(profile) == 2 and 0 <= profile[0] < profile[1] <= num_steps):
+        raise ConfigError(
+            f"train.profile_steps={profile}: must be (first, last) with 0 <= first < last <="
+            f" train.num_steps={num_steps}, or () for none"
+        )
     try:
         re.compile(values["train.trainable"])
     except re.error as error:

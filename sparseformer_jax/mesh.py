@@ -1,10 +1,13 @@
 """The device mesh, and the one table that maps logical axis names to its axes."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, PartitionSpec
+
+from sparseformer_jax.checks import ConfigError
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -95,25 +98,29 @@ def initialize_distributed(
     """Joins this process to the others of a run on several hosts.
 
     Without arguments the cluster environment (TPU pod, Slurm, MPI, Kubernetes) tells;
-    where there is none, the run stays on this host.
+    where there is none, or JAX has started, as in a notebook, the processes stay as they are.
 
     Raises:
-      ValueError: only some of the three arguments are given.
+      ConfigError: only some of the three arguments are given, JAX has already started
+        without the others, or they cannot be reached.
     """
-    given = [a is not None for a in (coordinator_address, num_processes, process_id)]
-    if all(given):
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    elif any(given):
-        raise ValueError(
+    arguments = (coordinator_address, num_processes, process_id)
+    given = [argument is not None for argument in arguments]
+    if any(given) and not all(given):
+        raise ConfigError(
             "coordinator_address, num_processes and process_id go together; "
             f"got {coordinator_address!r}, {num_processes!r}, {process_id!r}"
         )
-    else:
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:  # what jax says where no cluster names a coordinator
-            if "coordinator_address" not in str(error):
-                raise
+    if coordinator_address is not None and not re.search(r".:\d+$", coordinator_address):
+        raise ConfigError(f"coordinator_address={coordinator_address!r}: must be HOST:PORT")
+    try:
+        jax.distributed.initialize(*arguments)
+    except (ValueError, RuntimeError) as error:
+        # What jax says where no cluster names a coordinator, and once it has started.
+        expected = ("coordinator_address", "must be called before", "only be called once")
+        if any(given) or not any(text in str(error) for text in expected):
+            line = str(error).partition("\n")[0]
+            raise ConfigError(f"coordinator_address={coordinator_address!r}: {line}") from error
 
 
 def is_primary() -> bool:

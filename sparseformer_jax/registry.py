@@ -16,15 +16,20 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from sparseformer_jax.checks import ConfigError, check_choice, convert, suggest
+from sparseformer_jax.config_ranges import check_option
 
-KINDS = ("attention", "sparsity")
+KINDS = ("attention",)
 
 # What the methods of a folder share; not a method.
-_SHARED_MODULES = ("base", "nm")
+_SHARED_MODULES = ("base",)
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Returns the names of all methods of a kind, "attention" or "sparsity", sorted."""
+    """Returns the names of all methods of a kind, sorted.
+
+    Raises ConfigError if there is no such kind.
+    """
+    check_choice("kind of method", kind, KINDS)
     package = importlib.import_module(f"sparseformer_jax.{kind}")
     found = (module.name for module in pkgutil.iter_modules(package.__path__))
     return tuple(sorted(n for n in found if n not in _SHARED_MODULES and not n.startswith("_")))
@@ -57,6 +62,7 @@ def options(kind: str, section: ConfigDict) -> Any:
                 f"{suggest(key, annotations)}"
             )
         values[key] = convert(f"{kind}.{key}", value, annotations[key])
+        check_option(f"{kind}.{key}", values[key])
     try:
         return cls(**values)
     except ValueError as error:

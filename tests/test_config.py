@@ -5,8 +5,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from sparseformer_jax import config as config_lib
-from sparseformer_jax import default_config, registry
+from sparseformer_jax import config_flags, default_config, registry
 from sparseformer_jax.config import ConfigError
+from sparseformer_jax.config_ranges import RANGES, check_ranges
 from sparseformer_jax.config_rules import REMAT_POLICIES
 
 TOY = """
@@ -53,20 +54,21 @@ def test_devices_and_processes_are_jaxs_by_default():
         ({"model__norm": "rmsnrom"}, "model.norm='rmsnrom': not one of rmsnorm, layernorm; did you mean rmsnorm?"),
         ({"model__remat": "dots"}, "model.remat='dots': not one of none, full, everything_saveable"),
         ({"model__compute_dtype": "bf16"}, "model.compute_dtype='bf16': not one of float32, bfloat16"),
-        ({"model__num_layers": 0}, "model.num_layers=0: must be positive"),
-        ({"model__attention_soft_cap": -1.0}, "model.attention_soft_cap=-1.0: must be positive"),
-        ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm=-1.0: must not be negative"),
-        ({"model__dropout": 1.0}, "model.dropout=1.0: must be from 0 to below 1"),
+        ({"model__num_layers": 0}, "model.num_layers=0: must be from 1 to 10,000"),
+        ({"model__attention_soft_cap": -1.0}, "model.attention_soft_cap=-1.0: must be from 0.01 to"),
+        ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm=-1.0: must be from 0 to"),
+        ({"model__dropout": 1.0}, "model.dropout=1.0: must be from 0 to 0.99"),
         ({"optimizer__final_fraction": 2.0}, "optimizer.final_fraction=2.0: must be from 0 to 1"),
         ({"model__num_kv_heads": 3}, "model.num_heads=4: must be a multiple of model.num_kv_heads=3"),
         ({"model__head_dim": 31}, "model.head_dim=31: rope needs an even number"),
         ({"model__is_causal": False}, "model.is_causal=False: predicting the next token"),
         ({"model__position": "learned", "data__seq_len": 4096}, "model.max_positions=2048: fewer learned positions"),
-        ({"data__files": (1,)}, "data.files=(1,): must be tuple[str, ...]"),
+        ({"data__files": (1,)}, "data.files=(1,): must be tuple[str, ...], not tuple[int]"),
         ({"data__files": ("a",), "data__tfds_name": "pg19"}, "data.tfds_name='pg19': data.files is set too"),
         ({"data__validation_fraction": 0.9, "data__test_fraction": 0.2}, "data.test_fraction=0.2: nothing is left"),
         ({"train__accumulation_steps": 3}, "train.batch_size=8: must be a multiple of train.accumulation_steps=3"),
-        ({"train__profile_steps": (3,)}, "train.profile_steps=(3,): must be (first, last)"),
+        ({"train__profile_steps": (3,)}, "train.profile_steps=(3,): must be (first, last) with"),
+        ({"train__num_steps": 2, "optimizer__warmup_steps": 0, "train__profile_steps": (5, 9)}, "train.profile_steps=(5, 9): must be (first, last) with 0 <= first < last <= train.num_steps=2"),
         ({"train__trainable": "("}, "train.trainable='(': neither 'all' nor a regular expression"),
         ({"optimizer__warmup_steps": 2000}, "optimizer.warmup_steps=2000: more than train.num_steps=1000"),
         ({"optimizer__schedule": "wsd", "optimizer__decay_steps": 950}, "optimizer.decay_steps=950: with warmup_steps=100"),
@@ -75,6 +77,37 @@ def test_devices_and_processes_are_jaxs_by_default():
 )  # fmt: skip
 def test_wrong_values_are_refused(changes, message):
     assert refusal(make(**changes)).startswith(message)
+
+
+def test_every_number_has_a_finite_range():
+    """And NaN, infinity and what lies beyond either end are refused, naming the field."""
+    config = default_config.get_config()
+    numbers = {key for key, kind in config_flags.keys(config).items() if kind in (int, float)}
+    assert numbers == RANGES.keys() | {f"mesh.{axis}" for axis in config.mesh}
+    values = config_lib.flatten(config)
+    check_ranges(values)
+    for field, (low, high) in RANGES.items():
+        for value in (float("nan"), float("inf"), -float("inf"), low - 1, high * 2, 10**30):
+            with pytest.raises(
+                ConfigError, match=f"{field}={value}: must be from".replace("+", ".")
+            ):
+                check_ranges(values | {field: value})
+
+
+@pytest.mark.parametrize("option", ["vert_stride", "local_blocks", "head_sliding_offset"])
+def test_options_that_overflow_are_refused(option):
+    config = make()
+    config.attention = ConfigDict({"name": "s2", option: 10**12})
+    message = f"attention.{option}=1000000000000: must be from -4,194,304 to 4,194,304"
+    assert refusal(config) == message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_that_are_no_finite_number_are_refused(add_attention, value):
+    add_attention("toy", TOY.replace("int = 4", "float = 4.0"))
+    config = make()
+    config.attention = ConfigDict({"name": "toy", "window_size": value})
+    assert refusal(config) == f"attention.window_size={value}: must be a finite number"
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ def test_names_are_the_modules_of_the_folder(toy, add_attention):
     assert not {"base", "_private"} & set(found)
 
 
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match="kind of method='atention'.*did you mean attention"):
+        registry.names("atention")
+
+
 def test_method_is_the_module(toy):
     assert registry.method("attention", "toy").__name__.endswith("attention.toy")
 
