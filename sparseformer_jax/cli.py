@@ -60,6 +60,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     _number(own, "step", "checkpoint to go on from; later ones are left behind")
     _switch(own, "describe", "print config, size, FLOPs and memory; do not train")
     _switch(own, "accept_changed_config", "resume though the config has changed")
+    _switch(own, "ignore_memory_estimate", "train though memory seems too small")
     _distributed(own)
     _run(_train, own, _TRAIN_USAGE, sys.argv if argv is None else argv)
 
@@ -109,8 +110,11 @@ def _train(own: flags.FlagValues, argv: list[str]) -> None:
 
         print(describe.describe(config))
     else:
+        from sparseformer_jax import memory
         from sparseformer_jax.training import loop
 
+        if not own.ignore_memory_estimate:
+            memory.check(config)
         accept = own.accept_changed_config
         loop.train(config, own.workdir, step=own.step, accept_changed_config=accept)
 
@@ -219,7 +223,7 @@ def _start_jax(own: flags.FlagValues) -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter without a word
         line = str(error).partition("\n")[0] or "no such device; is JAX installed for it?"
-        raise ConfigError(f"JAX_PLATFORMS={jax.config.jax_platforms}: {line}") from error
+        raise ConfigError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: {line}") from error
 
 
 def _validate(config: ConfigDict) -> None:

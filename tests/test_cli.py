@@ -8,7 +8,7 @@ import types
 import pytest
 
 from sparseformer_jax import cli, config, default_config
-from sparseformer_jax.checks import NonFiniteError
+from sparseformer_jax.checks import ConfigError, NonFiniteError
 
 DEFAULT = "--config=configs/default.py"
 
@@ -41,6 +41,7 @@ def calls(monkeypatch) -> list[tuple]:
     stub("evaluation.perplexity", evaluate_checkpoint=evaluate_checkpoint)
     stub("generation.sampling", stream=stream)
     stub("describe", describe=lambda config: f"{config.model.num_layers} layers")
+    stub("memory", check=lambda config: None)
     monkeypatch.setattr(cli, "_start_jax", lambda own: None)
     return made
 
@@ -106,6 +107,17 @@ def test_overrides_reach_training(calls):
         "train.profile_steps": "() -> (10, 12)",
     }
     assert given.is_locked
+
+
+def test_too_little_memory_is_told_before_training_and_can_be_ignored(calls, capsys, monkeypatch):
+    def check(config) -> None:
+        raise ConfigError("config: needs more")
+
+    monkeypatch.setattr(sys.modules["sparseformer_jax.memory"], "check", check)
+    assert mistake(capsys, DEFAULT, "--workdir=x") == "error: config: needs more"
+    assert not calls
+    cli.train(["train.py", DEFAULT, "--workdir=x", "--ignore_memory_estimate"])
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(
