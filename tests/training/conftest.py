@@ -8,7 +8,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from sparseformer_jax import presets, registry
-from sparseformer_jax.training import loop
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +58,9 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def run(config, trained):
     """The config of a run of four steps on all eight devices."""
+    # Not above: the warnings of its imports are filtered once a test runs.
+    from sparseformer_jax.training import loop
+
     config.train.num_steps = 4
     config.eval.every = 2
     config.train.profile_steps = (1, 3)
