@@ -17,7 +17,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jaxtyping import Array
@@ -39,13 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # PyTorch wants some of the GPU's memory as well.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     args = parse(arguments)
-    results = []
+    results: list[Result] = []
+    command = "python -m pallas_kernels.bench " + shlex.join(arguments or sys.argv[1:])
     print(device())
     for case in cases(args):
         results += measure(case, chosen(args), args.rounds)
+        paths = save(results, command.strip(), args.out)
     print(markdown(results))
-    command = "python -m pallas_kernels.bench " + shlex.join(arguments or sys.argv[1:])
-    for path in save(results, command.strip(), args.out):
+    for path in paths:
         print(f"wrote {path}")
     return 0
 
@@ -138,36 +139,53 @@ def chosen(args: argparse.Namespace) -> dict[str, Contender]:
 
 
 def measure(case: Case, methods: dict[str, Contender], rounds: int) -> list[Result]:
-    """Returns the times of the methods that can run the case and agree with the truth."""
+    """Returns the times of the methods that can run the case and agree with the truth.
+
+    The result of one that cannot, or does not, has the reason and no times.
+    """
     dense = dataclasses.replace(case, density=1.0)
     jobs = {name: (method, case) for name, method in methods.items()}
     if case.density < 1:
         own = [name for name in methods if name.startswith(_OURS)]
         jobs |= {f"{name}{_DENSE}": (methods[name], dense) for name in own}
     label = f"T={case.length} H={case.head_dim} density={case.density}"
-    prepared = {}
+    prepared, results = {}, []
     for name, (method, size) in tqdm(jobs.items(), f"checking {label}", leave=False, disable=None):
         try:
             prepared[name] = _checked(name, method, size, dense)
         except Unavailable as reason:
-            tqdm.write(f"{label}: no {name}: {reason}")
+            results.append(Result(case, name, reason=str(reason)))
+        # Compilers, launches and libraries of others: none of them ends the benchmark.
+        except Exception as error:
+            results.append(Result(case, name, reason=_first_line(error)))
     passes = {
         (name, kind): run
         for name, (ready, _) in prepared.items()
-        for kind in PASSES
-        if (run := getattr(ready, kind)) is not None
+        for kind, run in _passes(ready).items()
     }
     times = median_ms(passes, rounds, label)
-    return [_result(case, name, *own, times) for name, own in prepared.items()]
+    for result in results:
+        tqdm.write(f"{label}: no {result.contender}: {result.reason}")
+    return [_result(case, name, *own, times) for name, own in prepared.items()] + results
 
 
 def _checked(name: str, method: Contender, case: Case, dense: Case) -> tuple[Prepared, Case]:
-    """Returns the functions to time and the case whose pairs they visit."""
-    arrays = case.arrays()
-    ready = method(case, arrays)
+    """Returns the functions to time, each of which has run once, and whose pairs they visit."""
+    ready = method(case, case.arrays())
     visited = case if ready.is_sparse else dense
     truth.check(visited, ready.results(), _truth(visited), of=name)
+    for run in _passes(ready).values():
+        run(1)
     return ready, visited
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _passes(ready: Prepared) -> dict[str, Callable[[int], object]]:
+    runs = {kind: getattr(ready, kind) for kind in PASSES}
+    return {kind: run for kind, run in runs.items() if run is not None}
 
 
 @functools.lru_cache(maxsize=2)
@@ -187,7 +205,7 @@ def _result(
             if not rival.startswith(_OURS) or rival == f"{name}{_DENSE}":
                 rival = rival.removeprefix(f"{name} ")
                 over.setdefault(rival, {})[kind] = time / ms[kind]
-    return Result(case, name, ms, tflops, ready.temporary_mib(), over)
+    return Result(case, name, ms, tflops, over, ready.temporary_mib())
 
 
 if __name__ == "__main__":

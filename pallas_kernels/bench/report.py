@@ -21,16 +21,18 @@ class Result:
         contender: its name.
         ms: milliseconds by pass.
         tflops: achieved on the pairs that the contender has to visit, by pass.
-        temporary_mib: memory of forward and backward, see `contenders.Prepared`.
         over: speed-up over other contenders, by their name and pass.
+        temporary_mib: memory of forward and backward, see `contenders.Prepared`.
+        reason: why it was not timed.
     """
 
     case: Case
     contender: str
-    ms: dict[str, float]
-    tflops: dict[str, float]
-    temporary_mib: float | None
-    over: dict[str, dict[str, float]]
+    ms: dict[str, float] = dataclasses.field(default_factory=dict)
+    tflops: dict[str, float] = dataclasses.field(default_factory=dict)
+    over: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    temporary_mib: float | None = None
+    reason: str | None = None
 
 
 def markdown(results: Sequence[Result]) -> str:

@@ -1,5 +1,7 @@
 """The benchmark measures what it says, and only what is right."""
 
+import dataclasses
+import functools
 import json
 
 import jax.numpy as jnp
@@ -37,6 +39,54 @@ def test_a_wrong_result_is_not_timed():
         truth.check(CASE, tuple(results), expected, of="ours")
 
 
+def raising(error):
+    def prepare(case, arrays):
+        if error:
+            raise error
+        ready = contenders.ours(case, arrays, "xla")
+        return dataclasses.replace(ready, results=lambda: (jnp.full_like(arrays[0], jnp.nan),))
+
+    return prepare
+
+
+def test_one_that_fails_ends_nothing_and_says_why(monkeypatch):
+    truths = []
+    compute = truth.expected
+    monkeypatch.setattr(truth, "expected", lambda *args: truths.append(args) or compute(*args))
+    case = dataclasses.replace(CASE, length=64)
+    methods = {
+        "breaks": raising(RuntimeError("launch failed")),
+        "is wrong": raising(None),
+        "xla": functools.partial(contenders.ours, implementation="xla"),
+        "cudnn": contenders.BASELINES["cudnn"],
+    }
+    results = {result.contender: result for result in bench.measure(case, methods, 1)}
+    assert {name: result.reason for name, result in results.items()} == {
+        "breaks": "RuntimeError: launch failed",
+        "is wrong": "ValueError: is wrong: out is off by nan of its largest value",
+        "xla": None,
+        "cudnn": "cuDNN needs an NVIDIA GPU",
+    }
+    assert [name for name, result in results.items() if result.ms] == ["xla"]
+    assert len(truths) == 1, "the truth of a case is computed once"
+
+
+def test_every_finished_case_is_on_disk(tmp_path, monkeypatch):
+    measure = bench.measure
+
+    def until_killed(case, *args):
+        if case.density == 1:
+            raise KeyboardInterrupt
+        return measure(case, *args)
+
+    monkeypatch.setattr(bench, "measure", until_killed)
+    sizes = "--lengths 64 --densities 0.5 1 --head-dims 16 --heads 2 --kv-heads 1 --block-size 32"
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(f"{sizes} --rounds 1 --baselines cudnn --out {tmp_path}".split())
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["case"]["density"] for row in report["results"]] == [0.5] * 3
+
+
 def test_splash_attention_gets_the_same_mask():
     case = Case(256, 0.5, 128, heads=2, kv_heads=2, block_size=128, dtype="float32")
     arrays = case.arrays()
@@ -59,6 +109,8 @@ def test_command(tmp_path, capsys):
     assert bench.main(options.split()) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
     own = [row for row in report["results"] if row["contender"] == "ours (auto)"]
+    reasons = {row["contender"]: row["reason"] for row in report["results"] if row["reason"]}
+    assert reasons["cudnn"] == "cuDNN needs an NVIDIA GPU"
     assert [row["case"]["density"] for row in own] == [0.5, 1.0]
     assert own[0]["over"].keys() == {"jax.nn", "dense"}
     assert own[0]["ms"].keys() == {"forward", "backward"}
