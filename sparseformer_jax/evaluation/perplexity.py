@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -29,15 +30,7 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, model_def: ModelDef, corpus: data.Corpus) -> None:
         self._config, self._corpus = config, corpus
-
-        def step(state: TrainState, batch: DeviceBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-            model = model_def.model(state.params, state.variables, state.step)
-            output = model(batch["inputs"], batch["positions"], batch["segment_ids"])
-            nll, _ = cross_entropy(output.logits, batch["targets"], batch["weights"])
-            density = jnp.mean(output.diagnostics.get("density", jnp.ones(1)))
-            return nll, jnp.sum(batch["weights"]), density
-
-        self._step = jax.jit(step)
+        self._step = jax.jit(make_eval_step(model_def))
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns loss (nats per token), perplexity, bits_per_byte, tokens and density.
@@ -80,8 +73,27 @@ class Evaluator:
             "perplexity": perplexity(loss),
             "bits_per_byte": loss / math.log(2) * tokens_per_byte,
             "tokens": tokens,
-            "density": density / len(sums),
+            "density": density / tokens,
         }
+
+
+def make_eval_step(
+    model_def: ModelDef,
+) -> Callable[[TrainState, DeviceBatch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Returns the function (state, batch) -> sums over tokens, to be compiled.
+
+    They are the loss, the tokens, and the density that each was predicted with.
+    """
+
+    def step(state: TrainState, batch: DeviceBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        model = model_def.model(state.params, state.variables, state.step)
+        output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"])
+        nll, _ = cross_entropy(model, output.hidden, batch["targets"], batch["weights"])
+        density = jnp.mean(output.diagnostics.get("density", jnp.ones(1)))
+        tokens = jnp.sum(batch["weights"])
+        return nll, tokens, tokens * density
+
+    return step
 
 
 def evaluate_checkpoint(

@@ -115,7 +115,8 @@ class Sampler:
         ) -> Int[Array, ""]:
             """Draws the token after position `last`: a causal model sees nothing later."""
             model = model_def.model(state.params, state.variables, state.step)
-            logits = model(window).logits[0, last, :vocab_size]
+            hidden = jax.lax.dynamic_slice_in_dim(model.features(window).hidden, last, 1, axis=1)
+            logits = model.logits(hidden, model.output_kernel())[0, 0, :vocab_size]
             if temperature == 0:
                 return jnp.argmax(logits)
             # The largest is 0 before the division, so that none overflows.

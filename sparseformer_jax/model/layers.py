@@ -20,6 +20,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def in_use(variable: nnx.Variable, dtype: jnp.dtype) -> jax.Array:
+    """Returns a parameter as products see it: in the compute dtype, gathered over `fsdp`."""
+    return mesh.shard(variable[...].astype(dtype), *mesh.gathered_axes(variable.axes))
+
+
 class Projection(nnx.Module):
     """A linear map over the last dimensions, y = x W + b, gathered over `fsdp` when used.
 
@@ -49,20 +54,19 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns y of shape [*x.shape[:-len(in_shape)], *out_shape]."""
-        axes = mesh.gathered_axes(self.kernel.axes)
-        kernel = mesh.shard(self.kernel[...].astype(self.dtype), *axes)
-        out_axes = axes[self.in_dims :]
+        out_axes = mesh.gathered_axes(self.kernel.axes)[self.in_dims :]
         batch_dims = x.ndim - self.in_dims
         contract = (tuple(range(batch_dims, x.ndim)), tuple(range(self.in_dims)))
         out_sharding = None
         if mesh.is_active():
             out_sharding = mesh.spec(*("batch", "seq", None)[:batch_dims], *out_axes)
         y = jax.lax.dot_general(
-            x.astype(self.dtype), kernel, (contract, ((), ())), out_sharding=out_sharding
+            x.astype(self.dtype),
+            in_use(self.kernel, self.dtype),
+            (contract, ((), ())),
+            out_sharding=out_sharding,
         )
-        if self.bias is not None:
-            y += mesh.shard(self.bias[...].astype(self.dtype), *mesh.gathered_axes(self.bias.axes))
-        return y
+        return y if self.bias is None else y + in_use(self.bias, self.dtype)
 
 
 class Norm(nnx.Module):
@@ -103,12 +107,6 @@ class Embedding(nnx.Module):
         table = mesh.shard(self.table[...].astype(self.dtype), None, None)
         out_sharding = mesh.spec("batch", "seq", None) if mesh.is_active() else None
         return table.at[indices].get(out_sharding=out_sharding)
-
-    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Returns the logits x E^T of a table tied to the output."""
-        axes = mesh.gathered_axes(self.table.axes)
-        table = mesh.shard(self.table[...].astype(self.dtype), *axes)
-        return jnp.einsum("btd,vd->btv", x, table)
 
 
 class Mlp(nnx.Module):

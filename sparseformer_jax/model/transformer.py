@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int, Key
 from sparseformer_jax import mesh
 from sparseformer_jax.attention.base import Attention
 from sparseformer_jax.model.config import ModelConfig
-from sparseformer_jax.model.layers import Embedding, Mlp, Norm, Projection, dropout, soft_cap
+from sparseformer_jax.model.layers import (
+    Embedding,
+    Mlp,
+    Norm,
+    Projection,
+    dropout,
+    in_use,
+    soft_cap,
+)
 from sparseformer_jax.model.stack import LayerStack, Reports, group_layers, join_reports
 
 
@@ -28,6 +36,22 @@ class ModelOutput:
     """
 
     logits: Any
+    losses: dict[str, Any]
+    diagnostics: dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a transformer knows before its output head.
+
+    Attributes:
+      hidden: [B, T, D], the normalised residual stream after the last layer.
+      losses: as in `ModelOutput`.
+      diagnostics: as in `ModelOutput`.
+    """
+
+    hidden: Any
     losses: dict[str, Any]
     diagnostics: dict[str, Any]
 
@@ -114,7 +138,20 @@ class Transformer(nnx.Module):
         *,
         rng: Key[Array, ""] | None = None,
     ) -> ModelOutput:
-        """Returns logits, auxiliary losses and diagnostics.
+        """Returns logits, auxiliary losses and diagnostics; the arguments are `features`'."""
+        features = self.features(tokens, positions, segment_ids, rng=rng)
+        logits = self.logits(features.hidden, self.output_kernel())
+        return ModelOutput(logits, features.losses, features.diagnostics)
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        rng: Key[Array, ""] | None = None,
+    ) -> Features:
+        """Returns what the output head reads, auxiliary losses and diagnostics.
 
         Args:
           tokens: token ids.
@@ -133,7 +170,21 @@ class Transformer(nnx.Module):
         for stack, stack_rng in zip(self.stacks, rngs[1:], strict=True):
             x, report = stack(x, positions, segment_ids, stack_rng)
             reports.append(report)
-        return ModelOutput(self._logits(self.final_norm(x)), *join_reports(reports))
+        return Features(self.final_norm(x), *join_reports(reports))
+
+    def output_kernel(self) -> Float[Array, "D V"]:
+        """Returns the matrix of the output head, ready for use: cast and gathered."""
+        _, dtype = self.config.dtypes
+        if self.head is None:
+            return in_use(self.embedding.table, dtype).T
+        return in_use(self.head.kernel, dtype)
+
+    def logits(
+        self, hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"]
+    ) -> Float[Array, "B T V"]:
+        """Returns the logits of hidden states over the tokens whose columns are given."""
+        logits = jnp.einsum("btd,dv->btv", hidden, kernel)
+        return soft_cap(logits.astype(self.config.softmax_dtype), self.config.logits_soft_cap)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embedding(tokens)
@@ -145,7 +196,3 @@ class Transformer(nnx.Module):
                 f"model.max_positions={self.config.max_positions}"
             )
         return x + self.position_embedding(positions)
-
-    def _logits(self, x: jax.Array) -> jax.Array:
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
-        return soft_cap(logits.astype(self.config.softmax_dtype), self.config.logits_soft_cap)

@@ -37,8 +37,8 @@ def make_train_step(
         trainable: Params, state: TrainState, batch: Batch, rng: jax.Array, total: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         model = model_def.model({**state.params, **trainable}, state.variables, state.step)
-        output = model(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
-        nll, log_z2 = cross_entropy(output.logits, batch["targets"], batch["weights"])
+        output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
+        nll, log_z2 = cross_entropy(model, output.hidden, batch["targets"], batch["weights"])
         auxiliary = {name: v / train.accumulation_steps for name, v in output.losses.items()}
         loss = (nll + train.z_loss * log_z2) / total + sum(auxiliary.values())
         reports = {name: jnp.mean(v) for name, v in output.diagnostics.items()}

@@ -52,8 +52,9 @@ def forward(model_def, params, batch, rng=None):
 
 
 def total_loss(model_def, params, batch):
-    output = forward(model_def, params, batch)
-    nll, _ = cross_entropy(output.logits, batch["targets"], batch["weights"])
+    model = model_def.model(params, {}, 0)
+    output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"])
+    nll, _ = cross_entropy(model, output.hidden, batch["targets"], batch["weights"])
     return nll / jnp.sum(batch["weights"]) + sum(output.losses.values())
 
 
@@ -277,7 +278,7 @@ def test_scan_is_a_loop_over_layers(subject):
         for block in layers(model):
             x, report = block(x, batch["positions"], batch["segment_ids"], None)
             reports.append(report)
-        return model.embedding.attend(model.final_norm(x)), reports
+        return model.logits(model.final_norm(x), model.output_kernel()), reports
 
     output = subject.forward(subject.params, subject.batch)
     logits, reports = looped(subject.params, subject.batch)

@@ -98,10 +98,11 @@ def make_model(variant):
 
 
 def loss(model, tokens):
-    logits = model(tokens).logits
+    hidden = model.features(tokens).hidden
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.ones(tokens.shape).at[:, -1].set(0)
-    return cross_entropy(logits, targets, weights)[0] / weights.sum(), logits
+    nll, _ = cross_entropy(model, hidden, targets, weights)
+    return nll / weights.sum(), model.logits(hidden, model.output_kernel())
 
 
 def look_inside(model, tokens):

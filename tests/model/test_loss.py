@@ -1,4 +1,7 @@
-"""The loss is optax's, in float64, with weights, z-loss and a divided vocabulary."""
+"""The loss is optax's over all logits at once, however it is cut into chunks and over devices."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,58 +10,108 @@ import optax
 import pytest
 
 from sparseformer_jax import mesh
-from sparseformer_jax.model.loss import cross_entropy
+from sparseformer_jax.model import loss
+from sparseformer_jax.model.layers import soft_cap
 from tests.model.harness import assert_close, in_float64, normal, put
 
-B, T, V = 4, 7, 24
+B, T, D, V = 4, 14, 6, 24
+# Logits at once -> tokens in a chunk on one device: a power of two, which need not divide B T.
+CHUNKS = {10**6: B * T, 16 * V: 16, 8 * V - 1: 4, 1: 1}
+MESHES = [{"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "fsdp": 4}]
+
+
+@dataclasses.dataclass
+class Head:
+    """The output head of a model: a matrix, and a cap on its logits."""
+
+    kernel: jax.Array
+
+    def output_kernel(self):
+        return self.kernel
+
+    def logits(self, hidden, kernel):
+        return soft_cap(hidden @ kernel, 20.0)
 
 
 @pytest.fixture
 def problem():
+    """Hidden states, kernel, targets and uneven weights, some of them 0."""
     rng = np.random.default_rng(0)
     targets = rng.integers(0, V, (B, T), np.int32)
-    weights = rng.uniform(0, 2, (B, T)).astype(np.float32) * rng.integers(0, 2, (B, T))
-    return 5 * normal(0, B, T, V), targets, weights.astype(np.float32)
+    weights = rng.uniform(0, 2, (B, T)) * rng.integers(0, 2, (B, T))
+    return 3 * normal(0, B, T, D), normal(1, D, V), targets, weights.astype(np.float32)
 
 
-def expected(logits, targets, weights):
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    log_z = nll + jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return (weights * nll).sum(), (weights * log_z**2).sum()
+def ours(hidden, kernel, targets, weights):
+    """Both sums, and the gradients of their mixture."""
+
+    def mixture(hidden, kernel):
+        sums = loss.cross_entropy(Head(kernel), hidden, targets, weights)
+        return sums[0] + 0.1 * sums[1], sums
+
+    gradients, sums = jax.grad(mixture, (0, 1), has_aux=True)(hidden, kernel)
+    return sums, gradients
 
 
-def test_sums_are_those_of_optax(problem):
-    actual = cross_entropy(*map(jnp.asarray, problem))
-    assert_close(actual, in_float64(expected, *problem), 1e-6)
+def expected(hidden, kernel, targets, weights):
+    def mixture(hidden, kernel):
+        logits = 20 * jnp.tanh(hidden @ kernel / 20)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        log_z = nll + jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        sums = (weights * nll).sum(), (weights * log_z**2).sum()
+        return sums[0] + 0.1 * sums[1], sums
+
+    gradients, sums = jax.grad(mixture, (0, 1), has_aux=True)(hidden, kernel)
+    return sums, gradients
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_gradient_is_that_of_optax(problem, z_loss):
-    def total(sums):
-        return lambda *arguments: sums(*arguments)[0] + z_loss * sums(*arguments)[1]
+@pytest.mark.parametrize("at_once", CHUNKS)
+def test_sums_and_gradients_are_those_of_optax(problem, monkeypatch, at_once):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    truth = in_float64(expected, *problem)
+    assert_close(in_float64(ours, *problem), truth, 1e-13)
+    assert_close(jax.jit(ours)(*map(jnp.asarray, problem)), truth, 1e-6)
 
-    actual = jax.grad(total(cross_entropy))(*map(jnp.asarray, problem))
-    assert_close(actual, in_float64(jax.grad(total(expected)), *problem), 1e-6)
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_tokens_and_vocabulary_may_be_divided(problem, monkeypatch, sizes):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * V)
+    truth = in_float64(expected, *problem)
+    hidden, kernel, targets, weights = problem
+    with jax.set_mesh(mesh.make_mesh(sizes)):
+        placed = put(hidden, "batch", "seq", None), put(kernel, None, "vocab")
+        rows = put(targets, "batch", "seq"), put(weights, "batch", "seq")
+        actual = jax.jit(ours)(*placed, *rows)
+        assert [x.sharding.spec for x in actual[1]] == [x.sharding.spec for x in placed]
+    assert_close(actual, truth, 1e-6)
 
 
 def test_large_logits_do_not_overflow():
-    logits = jnp.asarray([[[1e4, -1e4, 0.0], [1e15, 0.0, -1e15]]])
-    nll, log_z2 = cross_entropy(logits, jnp.asarray([[1, 0]]), jnp.asarray([[1.0, 1.0]]))
+    @dataclasses.dataclass
+    class Uncapped(Head):
+        def logits(self, hidden, kernel):
+            return hidden @ kernel
+
+    hidden = jnp.asarray([[[1e4, -1e4, 0.0], [1e15, 0.0, -1e15]]])
+    sums = functools.partial(loss.cross_entropy, Uncapped(jnp.eye(3)), hidden)
+    nll, _ = sums(jnp.asarray([[1, 0]]), jnp.asarray([[1.0, 1.0]]))
     assert nll == pytest.approx(2e4)
-    nll, log_z2 = cross_entropy(logits, jnp.asarray([[1, 0]]), jnp.asarray([[1.0, 0.0]]))
+    _, log_z2 = sums(jnp.asarray([[1, 0]]), jnp.asarray([[1.0, 0.0]]))
     assert log_z2 == pytest.approx(1e8)
 
 
-@pytest.mark.parametrize("sizes", [{"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_vocabulary_may_be_divided(problem, sizes):
-    def loss(*arguments):
-        return cross_entropy(*arguments)[0]
+def test_bfloat16_gradients_add_up_in_float32(monkeypatch):
+    """Over 256 chunks bfloat16 would stop adding: a chunk is 1/256 of the sum."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", V)
+    hidden = jnp.broadcast_to(jnp.asarray(normal(0, D), jnp.bfloat16), (1, 512, D))
+    kernel = jnp.asarray(normal(1, D, V), jnp.bfloat16)
+    targets, weights = jnp.zeros((1, 512), jnp.int32), jnp.ones((1, 512))
 
-    local = jax.value_and_grad(loss)(*map(jnp.asarray, problem))
-    logits, targets, weights = problem
-    with jax.set_mesh(mesh.make_mesh(sizes)):
-        divided = put(logits, "batch", "seq", "vocab")
-        rows = put(targets, "batch", "seq"), put(weights, "batch", "seq")
-        actual = jax.jit(jax.value_and_grad(loss))(divided, *rows)
-        assert actual[1].sharding.spec == divided.sharding.spec
-    assert_close(actual, local, 1e-6)
+    def gradient(count):
+        def nll(kernel):
+            rows = (x[:, :count] for x in (hidden, targets, weights))
+            return loss.cross_entropy(Head(kernel), *rows)[0]
+
+        return jax.jit(jax.grad(nll))(kernel).astype(jnp.float32)
+
+    assert_close(gradient(512), 512 * gradient(1), 2**-8)
