@@ -55,8 +55,8 @@ def get_config() -> ConfigDict:
     data.tfds_name = ""  # an installed tfds data set instead, e.g. "pg19"
     data.tfds_data_dir = ""  # where tfds keeps it; empty: tfds' own default
     data.cache_dir = ""  # prepared text and tokens; empty: ~/.cache/sparseformer_jax
-    data.validation_fraction = 0.05  # of documents, where the files name no splits
-    data.test_fraction = 0.05
+    data.validation_fraction = 0.05  # of documents, where the files name no splits;
+    data.test_fraction = 0.05  # of bytes at the end, where documents are too few
     data.tokenizer = "bytes"  # "bytes" | path of a Hugging Face tokenizer.json
     data.bos_token = "<bos>"  # put before every document; empty: none
     data.eos_token = "<eos>"  # put after every document; empty: none

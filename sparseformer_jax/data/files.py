@@ -1,11 +1,10 @@
 """Finds the text files that `data.files` names, and the splits that they name."""
 
 import dataclasses
-import functools
 import glob
-import hashlib
 import os
 import re
+import stat
 import sysconfig
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -47,40 +46,41 @@ class TextFile:
         name = match[1]
         return "validation" if name in ("valid", "val", "dev") else name
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the file's bytes as they are stored."""
-        with self.path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+    @property
+    def compression(self) -> str:
+        """The suffix of the compression, or ""."""
+        suffix = self.path.suffix.lower()
+        return suffix if suffix in _COMPRESSIONS else ""
 
 
 def find_files(patterns: Sequence[str]) -> list[TextFile]:
     """Returns the files that paths, folders and globs name, each file once.
 
     A folder stands for all text files below it that are not hidden; no patterns stand
-    for the source of the running Python's standard library. The order follows from
-    the contents alone, not from where the files lie.
+    for the source of the running Python's standard library.
 
     Raises:
-      ConfigError: a pattern names nothing or a file of unknown kind, or only some of
-        the names tell a split.
+      ConfigError: a pattern names nothing, a file of unknown kind or what is no file at
+        all (a dangling link, a pipe, a socket), or only some of the names tell a split.
     """
     if patterns:
         found = [file for pattern in patterns for file in _expand(pattern)]
     else:
         found = list(_standard_library())
     files = {os.path.abspath(file.path): file for file in found}.values()
+    for file in files:
+        _check_regular(file.path)
     _check_splits(files)
-    return sorted(files, key=lambda file: (file.split or "", file.kind, file.digest))
+    return list(files)
 
 
 def _expand(pattern: str) -> list[TextFile]:
-    path = Path(pattern).expanduser()
+    path = os.path.expanduser(pattern)
     # What exists is no pattern, whatever characters it has.
-    names = [path] if path.exists() else glob.glob(str(path), recursive=True)
+    names = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
     files: list[TextFile] = []
     for match in map(Path, names):
-        if match.is_dir():
+        if os.path.isdir(match):
             files += _walk(match)
         elif kind := _kind(match):
             files.append(TextFile(match, kind))
@@ -106,7 +106,20 @@ def _walk(folder: Path, leave_out: Collection[str] = ()) -> Iterator[TextFile]:
 
 
 def _raise(error: OSError) -> None:
-    raise error  # os.walk passes over folders that it cannot read
+    # os.walk passes over folders that it cannot read.
+    raise ConfigError(
+        f"data.files: {error.filename!r} cannot be read ({error.strerror})"
+    ) from error
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return
+        reason = "is a pipe, a socket or a device, no file"
+    except OSError as error:
+        reason = "is a link to nothing" if path.is_symlink() else f"is out of reach: {error}"
+    raise ConfigError(f"data.files: {str(path)!r} {reason}; remove it or name other files")
 
 
 def _kind(path: Path) -> str | None:

@@ -27,7 +27,7 @@ class PackedExamples:
     Args:
       corpus: The documents.
       seq_len: T, tokens in an example.
-      seed: Of the order of the documents, below 2**32; None: as they are stored.
+      seed: Of the order of the documents, below 2**32; None: that of the corpus.
       pad_last: Whether to fill up the last example, for every token to be a target
         once; else what does not fill an example is left out.
     """
@@ -42,7 +42,7 @@ class PackedExamples:
     ) -> None:
         self._tokens = corpus.tokens
         self._seq_len = seq_len
-        lengths = np.diff(corpus.offsets)
+        lengths = corpus.lengths
         order = _document_order(len(lengths), seed)
         # A document without tokens would use up a segment id.
         order = order[lengths[order] > 0]

@@ -1,40 +1,51 @@
 """Reads the documents of a prepared tfds data set, without TensorFlow."""
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import io
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
-from tqdm import tqdm
+from jaxtyping import Int64
+from numpy import ndarray
 
-_Item = TypeVar("_Item")
+from sparseformer_jax.data.pieces import Piece, cut
 
-_READ_AT_ONCE = 256  # reading records one by one takes twice as long
+_READ_AT_ONCE = 64  # reading records one by one takes twice as long
 
 
 class StoredText:
-    """The documents of one split, in their stored order.
+    """The documents of one split in pieces, as they are stored.
 
     Args:
       builder: A prepared data set in array_record.
       split: A split that it has.
       field: The feature that holds the text.
+      continues: The feature that tells whether a record continues the document of the one
+        before; "": each record is a document.
+      order: As the attribute.
+
+    Attributes:
+      num_bytes: Bytes of the stored records.
+      order: The order to take the documents in, by their number; None: as stored.
     """
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, field: str) -> None:
+    def __init__(
+        self,
+        builder: tfds.core.DatasetBuilder,
+        split: str,
+        field: str,
+        continues: str = "",
+        order: Int64[ndarray, " documents"] | None = None,
+    ) -> None:
         self._examples = builder.as_data_source(split, file_format="array_record")
-        self._field = field
+        self._field, self._continues = field, continues
+        self.num_bytes: int = builder.info.splits[split].num_bytes
+        self.order = order
 
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), _READ_AT_ONCE):
-            stop = min(start + _READ_AT_ONCE, len(self))
+    def __iter__(self) -> Iterator[Piece]:
+        count = len(self._examples)
+        for start in range(0, count, _READ_AT_ONCE):
+            stop = min(start + _READ_AT_ONCE, count)
             for example in self._examples.__getitems__(range(start, stop)):
-                yield example[self._field].decode()
-
-
-def show_progress(documents: Iterable[_Item], title: str) -> Iterator[_Item]:
-    """Yields `documents`; after three seconds a terminal shows how many."""
-    # `disable=None`: only on a terminal.
-    yield from tqdm(documents, title, unit=" documents", delay=3, disable=None, leave=False)
+                begins = not (self._continues and example[self._continues])
+                for piece in cut(io.BytesIO(example[self._field])):
+                    yield Piece(piece.text, begins and piece.begins)

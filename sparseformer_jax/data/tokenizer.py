@@ -35,6 +35,10 @@ class Tokenizer(Protocol):
         """Returns the ids of `text`, without any that begin or end a document."""
         ...
 
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " n"]]:
+        """Returns the ids of each text, as `encode` does, computed on all cores."""
+        ...
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         ...
@@ -64,6 +68,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         """Returns the UTF-8 bytes of `text`."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " n"]]:
+        """Returns the UTF-8 bytes of each text; one core copies as fast as memory allows."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids`; `<bos>` and `<eos>` are written out.
@@ -108,6 +116,11 @@ class HuggingFaceTokenizer:
         """Returns the ids of `text`."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return np.asarray(encoding.ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " n"]]:
+        """Returns the ids of each text, computed on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids`, special tokens written out."""

@@ -14,6 +14,21 @@ def data(tmp_path):
 
 
 @pytest.fixture
+def joined():
+    """Joins the pieces of documents, as text."""
+
+    def join(pieces):
+        documents = []
+        for text, begins in pieces:
+            if begins:
+                documents.append(b"")
+            documents[-1] += text
+        return [document.decode() for document in documents]
+
+    return join
+
+
+@pytest.fixture
 def make_corpus():
     """Builds a corpus from the tokens of its documents."""
 
@@ -22,7 +37,8 @@ def make_corpus():
         return Corpus(
             split=split,
             tokens=np.array(sum(documents, []), np.uint16),
-            offsets=np.cumsum([0, *lengths]),
+            offsets=np.cumsum([0, *lengths])[:-1],
+            lengths=np.array(lengths, np.int64),
             byte_lengths=np.array(lengths, np.int64),
             fingerprint="",
         )

@@ -1,7 +1,11 @@
+import errno
+import json
+import os
+
 import numpy as np
 import pytest
 
-from sparseformer_jax.data import ByteTokenizer, load_corpus
+from sparseformer_jax.data import ByteTokenizer, load_corpus, pieces
 from sparseformer_jax.data import corpus as corpus_module
 
 
@@ -17,6 +21,9 @@ class Words:
 
     def encode(self, text):
         return np.array([len(word) for word in text.split()], np.int32)
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         raise NotImplementedError
@@ -34,10 +41,7 @@ def texts(data, tmp_path):
 
 def test_tokens_of_documents(texts):
     corpus = load_corpus(texts, "train", Words())
-    documents = {
-        tuple(corpus.tokens[start:stop].tolist())
-        for start, stop in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)
-    }
+    documents = {tuple(document(corpus, i)) for i in range(corpus.num_documents)}
     assert documents == {(3, 5, 1), (1,), (5, 1)}
     assert sorted(corpus.byte_lengths) == [0, 5, 10]
     assert (corpus.num_documents, corpus.num_bytes, corpus.num_tokens) == (3, 15, 6)
@@ -85,6 +89,41 @@ def test_an_interrupted_tokenisation_leaves_nothing(texts, tmp_path, monkeypatch
             load_corpus(texts, "train", Words())
     assert not list((tmp_path / "cache" / "tokens").iterdir())
     assert load_corpus(texts, "train", Words()).num_tokens == 6
+
+
+def test_a_full_disk_while_tokenising(texts, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(ValueError, match="^data.cache_dir: cannot write .*No space left"):
+            load_corpus(texts, "train", Words())
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
+    assert load_corpus(texts, "train", Words()).num_tokens == 6
+
+
+def test_pieces_of_a_document_are_one_document(data, tmp_path, monkeypatch):
+    """Encoded in batches of any size, which stands for any number of cores."""
+    (tmp_path / "train.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"{i} " + "word " * 40}) for i in range(9))
+    )
+    data.files = (str(tmp_path / "train.jsonl"),)
+    data.cache_dir = str(tmp_path / "whole")
+    whole = load_corpus(data, "train", ByteTokenizer())
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 64)
+    for size in (1, 100, 10_000):
+        monkeypatch.setattr(corpus_module, "_BATCH_BYTES", size)
+        data.cache_dir = str(tmp_path / str(size))
+        corpus = load_corpus(data, "train", ByteTokenizer())
+        assert sorted(document(corpus, i) for i in range(9)) == sorted(
+            document(whole, i) for i in range(9)
+        )
+        np.testing.assert_array_equal(corpus.byte_lengths, whole.byte_lengths)
+
+
+def document(corpus, i):
+    return corpus.tokens[corpus.offsets[i] :][: corpus.lengths[i]].tolist()
 
 
 def test_mistakes(texts, tmp_path):

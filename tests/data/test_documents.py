@@ -12,7 +12,9 @@ PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 
 def read(path, content, text_field="text"):
     path.write_bytes(content)
-    return list(read_documents(*find_files([str(path)]), text_field))
+    pieces = list(read_documents(*find_files([str(path)]), text_field))
+    assert all(piece.begins for piece in pieces)
+    return [piece.text for piece in pieces]
 
 
 @pytest.mark.parametrize("compression", PACK)

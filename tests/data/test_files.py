@@ -1,3 +1,6 @@
+import os
+import socket
+
 import pytest
 
 from sparseformer_jax.data.files import find_files
@@ -26,16 +29,6 @@ def test_globs_and_repeated_names(tmp_path):
     assert found(tmp_path, "**/*.txt", "a.txt") == ["[odd].txt", "a.txt", "b/c.txt"]
     assert found(tmp_path, "[odd].txt") == ["[odd].txt"]
     assert found(tmp_path, "b*") == ["b/c.txt", "b/d.md"]
-
-
-def test_order_is_that_of_contents(tmp_path):
-    for folder, names in (("1", "abc"), ("2", "cab")):
-        for name, content in zip(names, "xyz", strict=True):
-            write(tmp_path / folder, f"{name}.txt", content=content)
-    first, second = (
-        [file.digest for file in find_files([str(tmp_path / folder)])] for folder in ("1", "2")
-    )
-    assert first == second
 
 
 @pytest.mark.parametrize(
@@ -81,6 +74,37 @@ def test_mistakes(tmp_path, names, patterns, message):
     with pytest.raises(ValueError, match=message) as error:
         found(tmp_path, *patterns)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["", "a.txt", "*.txt"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: os.symlink("nowhere", path), "is a link to nothing; remove it"),
+        (lambda path: os.symlink(path, path), "is a link to nothing; remove it"),
+        (os.mkfifo, "is a pipe, a socket or a device, no file; remove it"),
+        (lambda path: socket.socket(socket.AF_UNIX).bind(path), "is a pipe, a socket or"),
+    ],
+    ids=["link", "loop", "pipe", "socket"],
+)
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_what_is_no_file(tmp_path, monkeypatch, make, message, pattern):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "b.txt")
+    make("a.txt")
+    with pytest.raises(ValueError, match=f"^data.files: '.*a.txt' {message}") as error:
+        found(tmp_path, pattern)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    def refused(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", str(folder)))
+        return iter(())
+
+    monkeypatch.setattr(os, "walk", refused)
+    with pytest.raises(ValueError, match="^data.files: .* cannot be read .Permission denied"):
+        found(tmp_path, "")
 
 
 def test_no_standard_library(tmp_path, monkeypatch):
