@@ -39,8 +39,8 @@ from typing import IO, Any
 
 from device_plan import Step, steps
 
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parent
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "device_steps.py"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,11 +124,12 @@ class Run:
         self._status: dict[str, dict[str, Any]] = {
             step.name: {"status": "not started"} for step in plan
         }
+        self._rows: list[dict[str, Any]] = []
         self._results = {
             "command": command,
             "date": time.strftime("%Y-%m-%d"),
             "steps": self._status,
-            "rows": [],
+            "rows": self._rows,
         }
         self._save()
 
@@ -148,10 +149,8 @@ class Run:
 
     def is_green(self) -> bool:
         """Returns whether every step ended well and no check failed."""
-        rows: list[dict[str, Any]] = self._results["rows"]  # type: ignore[assignment]
-        return all(step["status"] == "ok" for step in self._status.values()) and not any(
-            row.get("passed") is False for row in rows
-        )
+        are_right = all(row.get("passed", True) for row in self._rows)
+        return are_right and all(step["status"] == "ok" for step in self._status.values())
 
     def summary(self) -> str:
         """Returns a line for each step that did not end well, and for each failed check."""
@@ -160,8 +159,9 @@ class Run:
             for name, step in self._status.items()
             if step["status"] != "ok"
         ]
-        rows: list[dict[str, Any]] = self._results["rows"]  # type: ignore[assignment]
-        lines += [f"{row['step']}: wrong {row}" for row in rows if row.get("passed") is False]
+        lines += [
+            f"{row['step']}: wrong: {row}" for row in self._rows if not row.get("passed", True)
+        ]
         done = sum(step["status"] == "ok" for step in self._status.values())
         seconds = time.monotonic() - self._start
         lines.append(f"{done} of {len(self._status)} steps in {seconds:.0f} s")
@@ -176,7 +176,7 @@ class Run:
 
     def _launch(self, step: Step) -> None:
         job = {"function": step.function, "arguments": step.arguments, "out": str(self._args.out)}
-        command = [sys.executable, str(HERE / "device_steps.py"), json.dumps(job)]
+        command = [sys.executable, str(SCRIPT), json.dumps(job)]
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -215,8 +215,7 @@ class Run:
         # A library may have printed something before the step took its output away.
         for message in (json.loads(line) for line in lines if line.startswith(b"{")):
             if "row" in message:
-                rows: list[Any] = self._results["rows"]  # type: ignore[assignment]
-                rows.append({"step": child.step.name} | message["row"])
+                self._rows.append({"step": child.step.name} | message["row"])
                 self._save()
             elif "error" in message:
                 self._status[child.step.name]["error"] = message["error"]

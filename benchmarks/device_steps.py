@@ -25,6 +25,7 @@ from pallas_kernels import BlockMask, autotune, block_max_attention, block_spars
 from pallas_kernels.bench import contenders, timing, truth
 from pallas_kernels.bench.cases import Case
 from pallas_kernels.bench.contenders import Prepared, Unavailable
+from pallas_kernels.block_sparse_attention.tuner import describe
 from pallas_kernels.selection import CannotRun
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -291,7 +292,7 @@ def autotuned(parent: Parent, implementation: str, case: dict[str, Any]) -> None
                 kind="plan",
                 implementation=implementation,
                 case=case,
-                plan=repr(plan),
+                plan=describe(plan),
                 is_default=number == 0,
                 is_fastest=plan == report.fastest,
                 ms=report.ms.get(number),

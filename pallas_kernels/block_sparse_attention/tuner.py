@@ -51,7 +51,7 @@ class Report:
         for number, plan in enumerate(self.plans):
             result = f"{self.ms[number]:.3g} ms" if number in self.ms else self.failures[number]
             mark = " (taken)" if plan == self.fastest else ""
-            lines.append(f"  {_describe(plan)}: {result}{mark}")
+            lines.append(f"  {describe(plan)}: {result}{mark}")
         return "\n".join(lines)
 
 
@@ -117,7 +117,8 @@ def _time(run: Callable[..., tuple[Array, Array]], plan: Plan, call: Call) -> fl
     return statistics.median(times)
 
 
-def _describe(plan: Plan) -> str:
+def describe(plan: Plan) -> str:
+    """Returns the tiles of a plan, and what else it chooses, in one line."""
     tilings = {"forward": plan.forward, "dQ": plan.d_query, "dK dV": plan.d_key}
     tiles = [f"{name} {t.query_tile}x{t.key_tile}" for name, t in tilings.items()]
     return ", ".join(tiles if plan.options is None else [*tiles, str(plan.options)])
