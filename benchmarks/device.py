@@ -163,15 +163,19 @@ class Run:
             f"{row['step']}: wrong: {row}" for row in self._rows if not row.get("passed", True)
         ]
         done = sum(step["status"] == "ok" for step in self._status.values())
-        seconds = time.monotonic() - self._start
-        lines.append(f"{done} of {len(self._status)} steps in {seconds:.0f} s")
+        lines.append(f"{done} of {len(self._status)} steps in {self._seconds():.0f} s")
         return "\n".join(lines)
 
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._start, 2)
+
     def _seconds_left(self) -> float:
-        return self._start + 60 * self._args.minutes - time.monotonic()
+        return 60 * self._args.minutes - self._seconds()
 
     def _fill(self) -> None:
         while self._queue and len(self._children) < self._args.jobs:
+            if any(child.step.is_alone for child in self._children):
+                return
             self._launch(self._queue.pop(0))
 
     def _launch(self, step: Step) -> None:
@@ -189,7 +193,7 @@ class Run:
         )
         child = Child(step, process, time.monotonic())
         self._children.append(child)
-        self._status[step.name] = {"status": "running"}
+        self._status[step.name] = {"status": "running", "started": self._seconds()}
         self._selector.register(process.stdout, selectors.EVENT_READ, child)
 
     def _environment(self) -> dict[str, str]:
@@ -266,14 +270,14 @@ class Run:
             child.process.stdin.close()
         own = self._status[child.step.name]
         own["status"] = status or ("ok" if code == 0 else "failed")
-        own["gpu_seconds"] = round(child.gpu_seconds, 2)
+        own |= {"ended": self._seconds(), "gpu_seconds": round(child.gpu_seconds, 2)}
         if own["status"] != "ok":
             own["error"] = error or own.get("error", f"exit code {code}")
         self._print(f"{child.step.name}: {own['status']} {own.get('error', '')}".rstrip())
         self._save()
 
     def _print(self, line: str) -> None:
-        line = f"{time.monotonic() - self._start:6.1f} {line}"
+        line = f"{self._seconds():6.1f} {line}"
         print(line, flush=True)
         self._log.write(line + "\n")
         self._log.flush()

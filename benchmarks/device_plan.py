@@ -15,6 +15,7 @@ class Step:
         compile_limit: seconds before its turn on the GPU.
         gpu_limit: seconds of its turn.
         after: names of steps that must have ended before its turn.
+        is_alone: whether later steps start only once it has ended.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Step:
     compile_limit: float = 120.0
     gpu_limit: float = 20.0
     after: tuple[str, ...] = ()
+    is_alone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ def steps(platform: str) -> list[Step]:
     sizes = {"gpu": GPU, "cpu": CPU}[platform]
     ceilings = {"matrix": sizes.matrix, "copied": sizes.copied, "rounds": sizes.rounds}
     return [
-        Step("machine", "machine", ceilings),
+        Step("machine", "machine", ceilings, is_alone=True),
         *_checks(sizes),
         *_table(sizes),
         *(
@@ -121,7 +123,12 @@ def steps(platform: str) -> list[Step]:
         ),
         *_autotune(sizes),
         *(
-            Step(f"float32 {name} {length}", "errors", {"implementation": name, "case": case})
+            Step(
+                f"float32 {name} {length}",
+                "errors",
+                {"implementation": name, "case": case},
+                gpu_limit=45,
+            )
             for length in sizes.lengths
             for case in [sizes.errors | {"length": length}]
             for name in dict.fromkeys([*sizes.kernels, "xla"])

@@ -170,7 +170,8 @@ def truths(parent: Parent, case: dict[str, Any]) -> None:
     """Computes what the contenders of a case are compared with, once."""
     size = Case(**case)
     group = truth.first_group(size, size.arrays())
-    program = truth.program(size).lower(*group).compile()
+    # Trying out products would disturb what others time.
+    program = truth.program(size).lower(*group).compile({"xla_gpu_autotune_level": 0})
     with parent.turn():
         np.savez(_truth_file(size), *map(np.asarray, program(*group)))
 
@@ -230,14 +231,13 @@ def lists(parent: Parent, implementation: str, case: dict[str, Any]) -> None:
 
     *inputs, _ = size.arrays()
 
-    @jax.jit
     def attend(block_mask: BlockMask, *inputs: jax.Array) -> jax.Array:
         return block_sparse_attention(
             *inputs, block_mask, is_causal=True, implementation=implementation
         )
 
     there = build_there.lower(block_map).compile()
-    traced = attend.lower(jax.eval_shape(build_there, block_map), *inputs).compile()
+    traced = jax.jit(attend).lower(jax.eval_shape(build_there, block_map), *inputs).compile()
     constant = jax.jit(functools.partial(attend, size.block_mask())).lower(*inputs).compile()
     with parent.turn():
         block_mask = there(block_map)

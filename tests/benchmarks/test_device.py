@@ -1,5 +1,6 @@
 """The command for a GPU that is lent for minutes: no step costs another one its time."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -85,6 +86,13 @@ def test_steps_have_the_gpu_one_at_a_time_and_in_order(device, run):
     assert turns[-1]["step"] == "needs last"
     for one, other in zip(turns, turns[1:], strict=False):
         assert one["ended"] <= other["began"]
+
+
+def test_nothing_starts_beside_a_step_that_is_alone(device, run):
+    alone = dataclasses.replace(step(device, "alone"), is_alone=True)
+    code, results = run([alone, step(device, "other")])
+    assert code == 0
+    assert results["steps"]["other"]["started"] >= results["steps"]["alone"]["ended"]
 
 
 def test_a_step_that_hangs_or_dies_costs_itself_alone(device, run, tmp_path):
