@@ -44,7 +44,11 @@ def convert(field: str, value: Any, annotation: Any) -> Any:
     except TypeError:
         plain = isinstance(annotation, type) and not typing.get_args(annotation)
         expected = annotation.__name__ if plain else annotation
-        raise ConfigError(f"{field}={value!r}: must be {expected}, not {_kind(value)}") from None
+        # The command line reads 5 as a number.
+        advice = "; a name that is a number needs quotes: '\"5\"'" * (expected == tuple[str, ...])
+        raise ConfigError(
+            f"{field}={value!r}: must be {expected}, not {_kind(value)}{advice}"
+        ) from None
 
 
 def _kind(value: Any) -> str:

@@ -78,6 +78,10 @@ def check_data(values: dict[str, Any]) -> None:
         raise ConfigError(
             f"data.tfds_name={values['data.tfds_name']!r}: data.files is set too; clear one of them"
         )
+    if not values["data.text_field"]:
+        raise ConfigError(
+            "data.text_field='': empty; name the field or feature that holds the text, e.g. 'text'"
+        )
     held_out = values["data.validation_fraction"] + values["data.test_fraction"]
     if held_out >= 1:
         raise ConfigError(

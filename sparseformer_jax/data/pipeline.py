@@ -4,6 +4,7 @@ Row r of step s is example first_example + s * batch_size + r of the whole run, 
 number of processes: process p of P reads the rows from p * batch_size / P on, that many.
 """
 
+import os
 from collections.abc import Iterator
 
 import grain
@@ -46,12 +47,13 @@ def train_iterator(
       process_count: P, of how many.
 
     Raises:
-      ConfigError: the corpus does not fill one batch, or a batch does not divide over
-        the processes.
+      ConfigError: the corpus does not fill one batch, a batch does not divide over the
+        processes, or those made ahead take more than half of the machine's memory.
     """
     rows = _local_rows("train.batch_size", batch_size, process_count)
     examples = PackedExamples(corpus, seq_len, seed=seed if shuffle else None)
     _check_enough(corpus, len(examples), seq_len, batch_size)
+    _check_memory(prefetch, rows * sum(array.nbytes for array in examples[0].values()))
     dataset = grain.MapDataset.source(examples)
     if shuffle:
         dataset = dataset.seed(seed).shuffle()
@@ -123,4 +125,14 @@ def _check_enough(corpus: Corpus, num_examples: int, seq_len: int, batch_size: i
             f"train.batch_size={batch_size} with data.seq_len={seq_len} takes"
             f" {batch_size * seq_len + 1} tokens, split {corpus.split!r} has"
             f" {corpus.num_tokens}; lower one of them or add text"
+        )
+
+
+def _check_memory(prefetch: int, batch_bytes: int) -> None:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if prefetch * batch_bytes > memory / 2:
+        raise ConfigError(
+            f"data.prefetch={prefetch}: so many batches take {prefetch * batch_bytes / 1e9:.0f} GB,"
+            f" more than half of the {memory / 1e9:.0f} GB of memory; at most"
+            f" {memory // 2 // batch_bytes} fit"
         )

@@ -90,7 +90,8 @@ class Transformer(nnx.Module):
       step: of training, a scalar; what follows a schedule reads it.
 
     Raises:
-      ValueError: `position` is "learned" and a sequence is longer than `max_positions`.
+      ValueError: `position` is "learned" and a sequence is longer than `max_positions`, or,
+        called outside jit, a token id is not below `vocab_size`.
     """
 
     def __init__(
@@ -154,11 +155,13 @@ class Transformer(nnx.Module):
         """Returns what the output head reads, auxiliary losses and diagnostics.
 
         Args:
-          tokens: token ids.
+          tokens: token ids below `vocab_size`; under jit, where values are not known, one
+            beyond it takes the last row of the embedding, as indexing does in JAX.
           positions: of each token in its document; None: 0, 1, ..., T-1.
           segment_ids: document of each token, which attention does not leave; None: one.
           rng: randomness for training; None: no dropout.
         """
+        _check_vocabulary(tokens, self.config.vocab_size)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             positions = mesh.shard(positions, "batch", "seq")
@@ -196,3 +199,14 @@ class Transformer(nnx.Module):
                 f"model.max_positions={self.config.max_positions}"
             )
         return x + self.position_embedding(positions)
+
+
+def _check_vocabulary(tokens: jax.Array, vocab_size: int) -> None:
+    if isinstance(tokens, jax.core.Tracer) or not tokens.is_fully_addressable or not tokens.size:
+        return
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"token ids from {lowest} to {highest}: must be from 0 to below"
+            f" model.vocab_size={vocab_size}"
+        )

@@ -165,6 +165,11 @@ def test_too_little_text(corpus, make_corpus):
         eval_batches(make_corpus([[1]], split="test"), seq_len=4, batch_size=1)
 
 
+def test_more_batches_ahead_than_memory_holds(corpus):
+    with pytest.raises(ValueError, match="^data.prefetch=1000000000: so many batches take 400 GB"):
+        train(corpus, prefetch=10**9)
+
+
 def test_a_batch_divides_over_processes(corpus):
     with pytest.raises(ValueError, match="train.batch_size=4 does not divide over 3 pro"):
         train(corpus, process_count=3)

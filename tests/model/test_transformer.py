@@ -114,6 +114,15 @@ def test_more_tokens_than_learned_positions_are_refused():
         model(jnp.zeros((1, 20), jnp.int32))
 
 
+@pytest.mark.parametrize("number", [-1, 13])
+def test_tokens_beyond_the_vocabulary_are_refused(number):
+    model = make_model(vocab_size=13)
+    tokens = jnp.zeros((1, 4), jnp.int32).at[0, 2].set(number)
+    with pytest.raises(ValueError, match=r"token ids from .*model\.vocab_size=13"):
+        model(tokens)
+    model(jnp.full((1, 4), 12))
+
+
 def test_diagnostics_come_in_layer_order():
     options = masformer.Options(span_size=3, full_layers=(1, 4))
     model = make_model(masformer.Method, options, num_layers=6)
