@@ -85,7 +85,10 @@ def machine(parent: Parent, matrix: int, copied: int, rounds: int) -> None:
     source = jnp.arange(copied, dtype=jnp.int32)
     copy = jax.jit(lambda x: x + 1).lower(source).compile()
     with parent.turn():
-        passes = {"product": _repeat(product, *factors), "copy": _repeat(copy, source)}
+        passes = {
+            "product": timing.repeated(product, *factors),
+            "copy": timing.repeated(copy, source),
+        }
         ms = timing.samples_ms(passes, rounds, "ceilings")
     work = {"product": 2 * matrix**3, "copy": 8 * copied}
     for name, samples in ms.items():
@@ -242,10 +245,10 @@ def lists(parent: Parent, implementation: str, case: dict[str, Any]) -> None:
     with parent.turn():
         block_mask = there(block_map)
         passes = {
-            "lists on the host": _repeat(build, size.block_map, *sizes),
-            "lists in jit": _repeat(there, block_map),
-            "forward, lists cut in jit": _repeat(traced, block_mask, *inputs),
-            "forward, lists cut before": _repeat(constant, *inputs),
+            "lists on the host": timing.repeated(build, size.block_map, *sizes),
+            "lists in jit": timing.repeated(there, block_map),
+            "forward, lists cut in jit": timing.repeated(traced, block_mask, *inputs),
+            "forward, lists cut before": timing.repeated(constant, *inputs),
         }
         ms = timing.samples_ms(passes, 5, "lists")
     for name, samples in ms.items():
@@ -385,13 +388,6 @@ def _truth_file(case: Case) -> pathlib.Path:
     return pathlib.Path(os.environ["DEVICE_SCRATCH"]) / (
         f"truth_{case.length}_{case.block_size}_{case.density}.npz"
     )
-
-
-def _repeat(function: Callable[..., Any], *arguments: Any) -> Callable[[int], None]:
-    def run(times: int) -> None:
-        jax.block_until_ready([function(*arguments) for _ in range(times)][-1])
-
-    return run
 
 
 def _spread(samples: list[float]) -> dict[str, float]:

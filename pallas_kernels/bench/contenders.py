@@ -13,6 +13,7 @@ import jax
 from jaxtyping import Array
 
 from pallas_kernels.bench.cases import Case
+from pallas_kernels.bench.timing import repeated
 from pallas_kernels.block_sparse_attention import block_sparse_attention, explain
 
 # More than this for the scores of jax.nn would not fit beside anything else.
@@ -121,12 +122,6 @@ def _prepare_jax(
     _, pull = jax.eval_shape(vjp, *inputs)
     pull_back = jax.jit(lambda pull, d_out: pull(d_out)).lower(pull, d_out).compile()
 
-    def repeat(function: Callable[..., object], *arguments: Any) -> Callable[[int], object]:
-        def run(times: int) -> None:
-            jax.block_until_ready([function(*arguments) for _ in range(times)][-1])
-
-        return run
-
     def results() -> tuple[Array, ...]:
         out, pull = linearize(*inputs)
         return out, *pull_back(pull, d_out)
@@ -135,8 +130,8 @@ def _prepare_jax(
     # where both do not.
     residuals = functools.cache(lambda: linearize(*inputs)[1])
     return Prepared(
-        repeat(forward, *inputs),
-        lambda times: repeat(pull_back, residuals(), d_out)(times),
+        repeated(forward, *inputs),
+        lambda times: repeated(pull_back, residuals(), d_out)(times),
         results,
         is_sparse,
         functools.partial(_temporary_mib, attend, arrays),

@@ -53,6 +53,18 @@ def samples_ms(
     return times
 
 
+def repeated(function: Callable[..., object], *arguments: object) -> Callable[[int], None]:
+    """Returns what launches a compiled function so many times and waits for the last."""
+
+    def run(times: int) -> None:
+        result = None
+        for _ in range(times):
+            result = function(*arguments)  # Results before it give their memory back.
+        jax.block_until_ready(result)
+
+    return run
+
+
 def device() -> str:
     """Returns one line on hardware and versions."""
     cpu = pathlib.Path("/proc/cpuinfo")

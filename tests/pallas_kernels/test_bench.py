@@ -102,6 +102,24 @@ def test_median_of_rounds():
     assert median["one"] >= 0
 
 
+def test_a_repeated_pass_holds_one_result_beside_the_next():
+    class Result:
+        alive = most = 0
+
+        def __init__(self):
+            Result.alive += 1
+            Result.most = max(Result.most, Result.alive)
+
+        def __del__(self):
+            Result.alive -= 1
+
+        def block_until_ready(self):
+            pass
+
+    timing.repeated(Result)(50)
+    assert (Result.alive, Result.most) == (0, 2)
+
+
 def test_command(tmp_path, capsys):
     sizes = "--lengths 128 --densities 0.5 1 --head-dims 16 --heads 4 --kv-heads 2"
     methods = "--implementations auto pallas_tpu --baselines jax.nn cudnn"
