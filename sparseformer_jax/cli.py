@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -184,6 +185,9 @@ def _run(
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def _override(config: ConfigDict, own: flags.FlagValues, argv: list[str]) -> None:
@@ -234,7 +238,7 @@ def _validate(config: ConfigDict) -> None:
 
 
 def _require(own: flags.FlagValues, name: str) -> None:
-    if own[name].value is None:
+    if not own[name].value:
         raise ConfigError(f"--{name}=...: missing; the {own[name].help}")
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -15,15 +17,24 @@ from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import ConfigError, NonFiniteError
 from sparseformer_jax.describe import summary
 from sparseformer_jax.evaluation.perplexity import Evaluator
-from sparseformer_jax.training.batches import TrainBatches
+from sparseformer_jax.training import lock
+from sparseformer_jax.training.batches import DeviceBatch, TrainBatches
 from sparseformer_jax.training.changes import compare
 from sparseformer_jax.training.checkpoint import Checkpoints, Meta
 from sparseformer_jax.training.metrics import Clock, MetricWriter
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
-from sparseformer_jax.training.preemption import Preemption
+from sparseformer_jax.training.preemption import Preemption, Stop
 from sparseformer_jax.training.state import ModelDef, TrainState, abstract_state, init_state
 from sparseformer_jax.training.step import make_train_step
-from sparseformer_jax.training.workdir import CONFIG_FILE, leave_behind, write_atomically
+from sparseformer_jax.training.workdir import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    History,
+    leave_behind,
+    make_folder,
+    take_up,
+    write_atomically,
+)
 
 # Numbers of a step that must be finite before its state is saved or used again.
 FINITE = ("total_loss", "grad_norm", "update_norm", "param_norm")
@@ -38,8 +49,8 @@ def train(
 ) -> None:
     """Trains a model from a validated config, resuming what the workdir holds.
 
-    Writes checkpoints, metrics.jsonl and config.json under `workdir`. Ends early, with
-    everything saved, when the process is asked to terminate.
+    Writes checkpoints, metrics.jsonl and config.json under `workdir`, which it locks against
+    other runs. SIGTERM and Ctrl-C end it early, with everything saved; SIGTERM returns.
 
     Args:
       config: of the run.
@@ -49,38 +60,58 @@ def train(
       accept_changed_config: resume though the config changes the run.
 
     Raises:
-      ValueError: the workdir holds a run of another config and that is not accepted.
+      ValueError: the workdir cannot be written, another process trains there, or it holds a
+        run of another config and that is not accepted.
+      KeyboardInterrupt: at Ctrl-C; its text says what is saved.
       NonFiniteError: a loss, gradient or parameter is not finite; the last good checkpoint
         stays.
     """
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     device_mesh = mesh.make_mesh(config_lib.resolve_mesh(config.mesh, jax.device_count()))
-    with jax.set_mesh(device_mesh), contextlib.ExitStack() as stack:
-        keep = config.checkpoint
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)
-        )
-        run = Run(config, workdir, checkpoints, device_mesh)
-        run.restore(step, accept_changed_config)
-        if mesh.is_primary():
-            write_atomically(workdir / CONFIG_FILE, config_lib.to_json(config))
-        stack.callback(run.close)
-        run.loop(stack.enter_context(Preemption()))
+    with Preemption() as preemption:
+        try:
+            with contextlib.ExitStack() as stack:
+                if mesh.is_primary():
+                    stack.enter_context(lock.exclusive(workdir))
+                stack.enter_context(jax.set_mesh(device_mesh))
+                keep = config.checkpoint
+                checkpoints = stack.enter_context(
+                    Checkpoints(workdir, keep_last=keep.keep_last, keep_every=keep.keep_every)
+                )
+                run = Run(config, workdir, checkpoints, preemption)
+                stack.callback(run.close)
+                with preemption.interruptible():
+                    run.prepare(step, accept_changed_config)
+                run.loop()
+        except Stop as stop:
+            again = "the same command" + ("" if step is None else " without --step")
+            done = f"{str(stop) or 'no step was done, nothing to save'}; {again} resumes"
+            if preemption.number == signal.SIGINT:
+                raise KeyboardInterrupt(f"interrupted: {done}") from None
+            if mesh.is_primary():
+                print(f"asked to terminate: {done}", flush=True)
 
 
 class Run:
     """A run in progress: state, data, and where its numbers go."""
+
+    state: TrainState
 
     def __init__(
         self,
         config: ConfigDict,
         workdir: Path,
         checkpoints: Checkpoints,
-        device_mesh: jax.sharding.Mesh,
+        preemption: Preemption,
     ) -> None:
         self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
-        self._mesh, self._is_profiling = device_mesh, False
+        self._preemption, self._is_profiling = preemption, False
+        self._resources = contextlib.ExitStack()
+
+    def prepare(self, step: int | None, accept_changed_config: bool) -> None:
+        """Reads the text, builds the model and takes up a checkpoint, the newest if None."""
+        config = self.config
         self.model_def = ModelDef(config)
         tokenizer = make_tokenizer(config)
         self._corpus = data.load_corpus(config.data, "train", tokenizer)
@@ -90,47 +121,20 @@ class Run:
         num_steps = config.train.num_steps
         self._optimizer = make_optimizer(config.optimizer, num_steps, params)
         schedule = make_schedule(config.optimizer, num_steps)
-        step = make_train_step(self.model_def, self._optimizer, schedule)
-        self._train_step = jax.jit(step, donate_argnums=0)
+        train_step = make_train_step(self.model_def, self._optimizer, schedule)
+        self._train_step: Any = jax.jit(train_step, donate_argnums=0)
+        self._restore(step, accept_changed_config)
 
-    def restore(self, step: int | None, accept_changed_config: bool) -> None:
-        """Takes up a checkpoint, the newest if None, or starts anew where there is none."""
-        notes, examples = [summary(self.config, self.model_def)], 0
-        step = self.checkpoints.latest_step if step is None else step
-        self.first_step = step or 0
-        if step is None:
-            key = jax.random.key(self.config.seed)
-            self.state = jax.jit(lambda: init_state(self.model_def, self._optimizer, key))()
-        else:
-            meta = self.checkpoints.meta(step)
-            examples = _examples(meta)
-            notes += self._accept_changes(meta, accept_changed_config)
-            abstract = abstract_state(self.model_def, self._optimizer, self._mesh)
-            self.state = TrainState(**self.checkpoints.restore(step, vars(abstract)))
-            notes += self._leave_behind(step)
-            notes.append(f"resuming from step {step} in {self.workdir}")
-        self._batches = TrainBatches(self.config, self._corpus, self._mesh, examples)
-        self._writer = MetricWriter(
-            self.workdir, self.first_step, self.config.train.num_steps, mesh.is_primary()
-        )
-        self._clock = Clock(self.first_step)
-        for note in notes:
-            self._writer.message(note)
-
-    def loop(self, preemption: Preemption) -> None:
-        """Trains to the last step, or until the process is asked to end."""
+    def loop(self) -> None:
+        """Trains to the last step; raises Stop, with the state saved, where it is asked to end."""
         num_steps, pending = self.config.train.num_steps, None
         for step in range(self.first_step, num_steps):
-            stopping = preemption.requested(step)
-            if step > self.first_step:
-                pending = self._before_step(step, pending, stopping)
-            if stopping:
-                self._writer.message(
-                    f"asked to terminate: stopped at step {step}; the same command resumes"
-                )
-                return
+            pending = self._before_step(step, pending)
             self._profile(step)
-            self.state, metrics = self._train_step(self.state, next(self._batches))
+            batch = next(self._batches)
+            if step == self.first_step:
+                self._compile(batch)
+            self.state, metrics = self._train_step(self.state, batch)
             if pending is not None:
                 self._report(*pending)
             pending = (step + 1, metrics)
@@ -142,23 +146,89 @@ class Run:
         """Ends the data threads and closes the files."""
         if self._is_profiling:
             self._end_profile()
-        self._batches.close()
-        self._writer.close()
+        self._resources.close()
 
-    def _before_step(self, step: int, pending: Any, stopping: bool) -> Any:
-        """Evaluates and saves what is due, once the step before is known to be finite."""
-        evaluation_due = _is_due(step, self.config.eval.every)
-        save_due = stopping or _is_due(step, self.config.checkpoint.every)
-        if not (evaluation_due or save_due):
-            return pending
-        self._report(*pending)
+    def _restore(self, step: int | None, accept_changed_config: bool) -> None:
+        """Takes up a checkpoint, the newest if None, or starts anew where there is none."""
+        notes, examples = [summary(self.config, self.model_def)], 0
+        step = self.checkpoints.latest_step if step is None else step
+        self.first_step = step or 0
+        if step is None:
+            key = jax.random.key(self.config.seed)
+            self.state = jax.jit(lambda: init_state(self.model_def, self._optimizer, key))()
+        else:
+            meta = self.checkpoints.meta(step)
+            examples = _examples(meta)
+            notes += self._accept_changes(meta, accept_changed_config)
+            abstract = abstract_state(self.model_def, self._optimizer, jax.sharding.get_mesh())
+            self.state = TrainState(**self.checkpoints.restore(step, vars(abstract)))
+            notes += self._leave_behind(step)
+            notes.append(f"resuming from step {step} in {self.workdir}")
+        notes += self._open(examples)
+        for note in notes:
+            self._writer.message(note)
+
+    def _open(self, examples: int) -> list[str]:
+        """Starts drawing batches and writing files; returns a line on damage found there."""
+        device_mesh, is_primary = jax.sharding.get_mesh(), mesh.is_primary()
+        self._batches = TrainBatches(self.config, self._corpus, device_mesh, examples)
+        self._resources.callback(self._batches.close)
+        history = take_up(self.workdir, self.first_step) if is_primary else History()
+        self._is_evaluated = bool(
+            multihost_utils.broadcast_one_to_all(np.asarray(history.is_evaluated))
+        )
+        if is_primary:
+            write_atomically(self.workdir / CONFIG_FILE, config_lib.to_json(self.config))
+        num_steps = self.config.train.num_steps
+        self._writer = MetricWriter(self.workdir, self.first_step, num_steps, is_primary)
+        self._resources.callback(self._writer.close)
+        self._clock = Clock(self.first_step)
+        if not history.unreadable:
+            return []
+        return [f"{METRICS_FILE}: dropped {history.unreadable} lines that are cut or damaged"]
+
+    def _compile(self, batch: DeviceBatch) -> None:
+        """Compiles the training step ahead, where it can be interrupted."""
+        with self._preemption.interruptible():
+            self._train_step = self._train_step.lower(self.state, batch).compile()
+
+    def _before_step(self, step: int, pending: Any) -> Any:
+        """Evaluates and saves what is due, once the step before is known to be finite.
+
+        A run that is asked to stop is saved, and evaluated when it resumes.
+        """
+        stopping = self._preemption.requested(step)
+        is_new = step > self.first_step
+        evaluation_due = step > 0 and _is_due(step, self.config.eval.every) and not stopping
+        evaluation_due = evaluation_due and (is_new or not self._is_evaluated)
+        save_due = is_new and (stopping or _is_due(step, self.config.checkpoint.every))
+        if pending is not None and (evaluation_due or save_due):
+            self._report(*pending)
+            pending = None
         self._clock.pause()
         if evaluation_due:
-            self._writer.evaluation(step, self._evaluator(self.state))
-        if save_due:
+            stopping = not self._evaluate(step)
+        if is_new and (save_due or stopping):
             self._save(step)
+        if stopping:
+            self._stop(step)
         self._clock.resume()
-        return None
+        return pending
+
+    def _evaluate(self, step: int) -> bool:
+        """Evaluates the state; gives up, and returns False, when asked to stop meanwhile."""
+        with contextlib.suppress(Stop), self._preemption.interruptible():
+            numbers = self._evaluator(self.state)
+            self._writer.evaluation(step, numbers)
+            return True
+        return False
+
+    def _stop(self, step: int) -> None:
+        """Ends the run, once its state is on disk."""
+        if step == self.first_step:
+            raise Stop
+        self.checkpoints.wait()
+        raise Stop(f"stopped at step {step}, which is saved in {self.workdir}")
 
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
         """Checks the numbers of a step, and writes them when due."""
@@ -199,10 +269,13 @@ class Run:
 
     def _finish(self, step: int) -> None:
         """Evaluates and saves the last state, and says what can be done with it."""
+        if step > self.first_step or (step == self.first_step and not self._is_evaluated):
+            self._evaluate(step)
         if step > self.first_step:
-            self._writer.evaluation(step, self._evaluator(self.state))
             self._save(step)
             self.checkpoints.wait()
+        if self._preemption.number is not None:
+            raise Stop(f"step {step}, the last, is saved in {self.workdir}")
         name, newest = self.workdir, max(step, self.first_step)
         done = f"done: step {newest} is saved in {name}"
         if newest > step:

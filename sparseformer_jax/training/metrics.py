@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-FILE = "metrics.jsonl"
+from sparseformer_jax.training.workdir import METRICS_FILE
 
 
 class MetricWriter:
-    """Writes numbers by step; resuming at a step drops what a killed run wrote from there on.
+    """Writes numbers by step, after those already in the file.
 
     Args:
       workdir: metrics.jsonl and TensorBoard events lie here.
@@ -27,8 +27,7 @@ class MetricWriter:
         self._enabled = is_primary
         if not is_primary:
             return
-        _drop_from(workdir / FILE, first_step)
-        self._file = (workdir / FILE).open("a")
+        self._file = (workdir / METRICS_FILE).open("a")
         self._tensorboard = None
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
@@ -135,12 +134,3 @@ def _duration(seconds: float) -> str:
         return "?"
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _drop_from(path: Path, step: int) -> None:
-    """Removes the lines after `step` of a run that got further than its last checkpoint."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept))

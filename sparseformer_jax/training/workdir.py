@@ -1,13 +1,65 @@
 """The folder of a run: made, written whole or not at all, and cleared of what is left behind."""
 
+import dataclasses
 import datetime
 import json
 import os
 import shutil
 from pathlib import Path
 
+from sparseformer_jax.checks import ConfigError
+
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What metrics.jsonl holds of a run that resumes.
+
+    Attributes:
+      is_evaluated: whether the step it resumes from was evaluated.
+      unreadable: how many lines were no JSON, as the last one of a killed run.
+    """
+
+    is_evaluated: bool = False
+    unreadable: int = 0
+
+
+def make_folder(workdir: Path) -> None:
+    """Makes the folder of a run, unless it is there.
+
+    Raises:
+      ConfigError: something stands in its way, or it cannot be written.
+    """
+    try:
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        way = f": {error.filename}" if error.filename != str(workdir) else ""
+        raise ConfigError(
+            f"--workdir={workdir}: cannot be made or written{way}: {error.strerror}; "
+            "take another folder"
+        ) from None
+
+
+def take_up(workdir: Path, step: int) -> History:
+    """Drops from metrics.jsonl what a killed run wrote after `step`, and what is no JSON."""
+    path = workdir / METRICS_FILE
+    if not path.exists():
+        return History()
+    kept, unreadable, is_evaluated = [], 0, False
+    for line in path.read_bytes().splitlines():
+        try:
+            numbers = json.loads(line)
+            written_at = int(numbers["step"])
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+            continue
+        if written_at <= step:
+            kept.append(line.decode() + "\n")
+            is_evaluated = is_evaluated or (written_at == step and "eval/loss" in numbers)
+    write_atomically(path, "".join(kept))
+    return History(is_evaluated, unreadable)
 
 
 def write_atomically(path: Path, text: str) -> None:

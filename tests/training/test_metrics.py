@@ -3,7 +3,7 @@
 import json
 import math
 
-from sparseformer_jax.training import metrics
+from sparseformer_jax.training import metrics, workdir
 
 
 def strict(line):
@@ -20,7 +20,7 @@ def test_lines_are_strict_json(tmp_path, capsys):
     writer.train(1, {"loss": 2.5, "odd": math.nan}, eta=math.nan)
     writer.evaluation(1, {"loss": 1e3, "perplexity": metrics.perplexity(1e3)})
     writer.close()
-    lines = [strict(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    lines = [strict(line) for line in (tmp_path / workdir.METRICS_FILE).read_text().splitlines()]
     assert lines == [
         {"step": 1, "train/loss": 2.5, "train/odd": None},
         {"step": 1, "eval/loss": 1000.0, "eval/perplexity": None},
