@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from jaxtyping import Array
+from torch._functorch import config as functorch_config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from pallas_kernels.bench.cases import Case
@@ -31,6 +32,8 @@ def flex(case: Case, arrays: tuple[Array, ...]) -> Prepared:
     """Prepares compiled `flex_attention` with the blocks of the case."""
     if _DEVICE == "cpu" and case.dtype != "float32":
         raise Unavailable("FlexAttention on a CPU is compared in float32 only")
+    # The backward pass runs many times on what one forward pass saved.
+    functorch_config.donated_buffer = False
     # Its own tiles for a Hopper GPU are 128 wide, and it refuses a mask with smaller
     # blocks: forward, unless it is told tiles that fit; backward, unless it may choose.
     is_finer = _DEVICE == "cuda" and case.block_size < 128
@@ -45,7 +48,9 @@ def flex(case: Case, arrays: tuple[Array, ...]) -> Prepared:
 
     # FlexAttention's backward pass exists on GPUs alone.
     prepared = _prepare(attend, arrays, is_sparse=True, has_backward=_DEVICE == "cuda")
-    prepared.results()  # The first call compiles.
+    # First calls compile: with gradients, and without.
+    prepared.results()
+    prepared.forward(1)
     return prepared
 
 
