@@ -1,5 +1,6 @@
 """Builds what a config describes: the model, and the tokenizer that fits it."""
 
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from flax import nnx
@@ -14,15 +15,18 @@ if TYPE_CHECKING:
     from sparseformer_jax.data import Tokenizer
 
 
-def make_model(config: ConfigDict, *, rngs: nnx.Rngs) -> Transformer:
-    """Returns the transformer of a config, freshly initialised.
+def make_model(
+    config: ConfigDict, *, marks: Sequence[Hashable] | None = None, rngs: nnx.Rngs
+) -> Transformer:
+    """Returns the transformer of a config, freshly initialised; `marks` as it takes them.
 
     Raises:
       ValueError: the attention method or one of its options is unknown.
     """
     method = registry.method("attention", config.attention.name)
     options = registry.options("attention", config.attention)
-    return Transformer(ModelConfig(**config.model), method.Method, options, rngs=rngs)
+    model = ModelConfig(**config.model)
+    return Transformer(model, method.Method, options, marks=marks, rngs=rngs)
 
 
 def make_tokenizer(config: ConfigDict) -> "Tokenizer":

@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
     train.batch_size = 8  # examples in one optimiser step, over all processes
     train.accumulation_steps = 1  # pieces the batch is computed in; same gradient
     train.z_loss = 0.0  # weight of log(Z)^2
-    train.trainable = "all"  # "all" | regex on parameter paths, e.g. "attention/query"
+    train.trainable = "all"  # "all" | regex on names, "layers/7/attention/query/kernel"
     train.log_every = 10  # steps
     train.profile_steps = ()  # (first, last): trace these steps for TensorBoard
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Key
 
 from sparseformer_jax.model.read_only import read_only
 
@@ -48,47 +49,51 @@ class LayerStack(nnx.Module):
 
     Args:
       makers: one for each block of the unit, called with `rngs`.
-      repeats: how often the unit stands in the stack.
+      keys: of the initialisation of each layer, R times that of the unit.
       remat: what the backward pass recomputes: "none" keeps all activations, "full"
         none but each unit's input, a name in `jax.checkpoint_policies` what it says.
-      rngs: random streams for the parameters.
     """
 
     def __init__(
         self,
         makers: Sequence[Callable[..., nnx.Module]],
-        repeats: int,
+        keys: Key[Array, "layers"],
         remat: str,
-        *,
-        rngs: nnx.Rngs,
     ) -> None:
-        self.repeats = repeats
+        self.repeats = len(keys) // len(makers)
         self.remat = remat
-        self.unit = nnx.List([_stack(maker, repeats, rngs) for maker in makers])
+        columns = keys.reshape(self.repeats, len(makers)).T
+        self.unit = nnx.List([_stack(*each) for each in zip(makers, columns, strict=True)])
 
     def __call__(
         self,
         x: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array | None,
-        rng: jax.Array | None,
+        keys: Key[Array, "layers"] | None,
     ) -> tuple[jax.Array, Reports]:
-        """Returns x after all layers, losses summed and diagnostics in layer order."""
+        """Returns x after all layers, losses summed and diagnostics in layer order.
+
+        `keys` are the randomness of each layer, None in evaluation.
+        """
         graphdef, state = nnx.split(self.unit)
 
-        def body(x: jax.Array, xs: tuple[Any, jax.Array | None]) -> tuple[jax.Array, Reports]:
-            state, rng = xs
+        def body(
+            x: jax.Array, xs: tuple[Any, Key[Array, "unit"] | None]
+        ) -> tuple[jax.Array, Reports]:
+            state, keys = xs
             unit = nnx.merge(graphdef, state)
-            rngs = [None] * len(unit) if rng is None else jax.random.split(rng, len(unit))
             reports = []
-            for block, block_rng in zip(unit, rngs, strict=True):
+            for index, block in enumerate(unit):
+                key = None if keys is None else keys[index]
                 with read_only(block):
-                    x, report = block(x, positions, segment_ids, block_rng)
+                    x, report = block(x, positions, segment_ids, key)
                 reports.append(report)
             return x, _stack_reports(reports)
 
-        rngs = None if rng is None else jax.random.split(rng, self.repeats)
-        x, (losses, diagnostics) = jax.lax.scan(rematerialized(body, self.remat), x, (state, rngs))
+        if keys is not None:
+            keys = keys.reshape(self.repeats, len(self.unit))
+        x, (losses, diagnostics) = jax.lax.scan(rematerialized(body, self.remat), x, (state, keys))
         losses = {name: jnp.sum(values) for name, values in losses.items()}
         return x, (losses, {name: values.reshape(-1) for name, values in diagnostics.items()})
 
@@ -115,14 +120,19 @@ def join_reports(reports: Sequence[Reports]) -> Reports:
     return losses, {name: jnp.concatenate(values) for name, values in diagnostics.items()}
 
 
-def _stack(maker: Callable[..., nnx.Module], repeats: int, rngs: nnx.Rngs) -> nnx.Module:
+def layer_keys(key: Key[Array, ""], num_layers: int) -> Key[Array, "layers"]:
+    """Returns a key a layer, which depends on the layer's number and not on the others."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_layers))
+
+
+def _stack(maker: Callable[..., nnx.Module], keys: Key[Array, "layers"]) -> nnx.Module:
     """One module whose parameters carry a leading axis of independent initialisations."""
 
     def state(key: jax.Array) -> nnx.State:
-        return nnx.state(maker(rngs=nnx.Rngs(params=key)))
+        return nnx.state(maker(rngs=nnx.Rngs(key)))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: maker(rngs=nnx.Rngs(params=0))))
-    return nnx.merge(graphdef, jax.vmap(state)(jax.random.split(rngs.params(), repeats)))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: maker(rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.vmap(state)(keys))
 
 
 def _stack_reports(reports: Sequence[Reports]) -> Reports:

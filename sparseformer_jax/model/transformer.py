@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from sparseformer_jax.model.layers import (
     in_use,
     soft_cap,
 )
-from sparseformer_jax.model.stack import LayerStack, Reports, group_layers, join_reports
+from sparseformer_jax.model.stack import LayerStack, Reports, group_layers, join_reports, layer_keys
 
 
 @jax.tree_util.register_dataclass
@@ -63,10 +65,12 @@ class Block(nnx.Module):
         self, config: ModelConfig, attention: type[Attention], options: Any, *, rngs: nnx.Rngs
     ) -> None:
         self.dropout = config.dropout
+        # Apart, so that a method with parameters of its own leaves the others as they are.
+        attention_rngs, mlp_rngs = nnx.Rngs(rngs.params()), nnx.Rngs(rngs.params())
         self.attention_norm = Norm(config.embed_dim, config.norm, config)
-        self.attention = attention(config, options, rngs=rngs)
+        self.attention = attention(config, options, rngs=attention_rngs)
         self.mlp_norm = Norm(config.embed_dim, config.norm, config)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.mlp = Mlp(config, rngs=mlp_rngs)
 
     def __call__(
         self,
@@ -86,6 +90,13 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """A decoder, or an encoder when `config.is_causal` is False, with the given attention.
 
+    Args:
+      config: settings.
+      attention: the method.
+      options: of the method.
+      marks: one a layer; layers of different marks are not stacked together. None: equal.
+      rngs: random streams for the parameters; those of a layer follow from its number.
+
     Attributes:
       step: of training, a scalar; what follows a schedule reads it.
 
@@ -95,7 +106,13 @@ class Transformer(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, attention: type[Attention], options: Any, *, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        attention: type[Attention],
+        options: Any,
+        *,
+        marks: Sequence[Hashable] | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
         self.config = config
         self.step: Any = 0
@@ -106,15 +123,18 @@ class Transformer(nnx.Module):
             else None
         )
         kinds = attention.layer_kinds(options, config.num_layers)
+        marked = zip(kinds, marks or [None] * config.num_layers, strict=True)
+        groups = group_layers([(*kind, mark) for kind, mark in marked])
+        sizes = [len(unit) * repeats for unit, repeats in groups]
+        keys = _split_rows(layer_keys(rngs.params(), config.num_layers), sizes)
         self.stacks = nnx.List(
             [
                 LayerStack(
-                    [functools.partial(Block, config, *kind) for kind in unit],
-                    repeats,
+                    [functools.partial(Block, config, *kind) for *kind, _ in unit],
+                    own_keys,
                     config.remat,
-                    rngs=rngs,
                 )
-                for unit, repeats in group_layers(kinds)
+                for (unit, _), own_keys in zip(groups, keys, strict=True)
             ]
         )
         self.final_norm = Norm(config.embed_dim, config.norm, config)
@@ -165,13 +185,11 @@ class Transformer(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             positions = mesh.shard(positions, "batch", "seq")
-        rngs = [None] * (1 + len(self.stacks))
-        if rng is not None:
-            rngs = list(jax.random.split(rng, len(rngs)))
-        x = dropout(self._embed(tokens, positions), self.config.dropout, rngs[0])
+        embed_rng, layers_rng = (None, None) if rng is None else jax.random.split(rng)
+        x = dropout(self._embed(tokens, positions), self.config.dropout, embed_rng)
         reports = []
-        for stack, stack_rng in zip(self.stacks, rngs[1:], strict=True):
-            x, report = stack(x, positions, segment_ids, stack_rng)
+        for stack, keys in zip(self.stacks, self._layer_keys(layers_rng), strict=True):
+            x, report = stack(x, positions, segment_ids, keys)
             reports.append(report)
         return Features(self.final_norm(x), *join_reports(reports))
 
@@ -188,6 +206,13 @@ class Transformer(nnx.Module):
         """Returns the logits of hidden states over the tokens whose columns are given."""
         logits = jnp.einsum("btd,dv->btv", hidden, kernel)
         return soft_cap(logits.astype(self.config.softmax_dtype), self.config.logits_soft_cap)
+
+    def _layer_keys(self, rng: jax.Array | None) -> Sequence[jax.Array | None]:
+        """The keys of the layers of each stack."""
+        if rng is None:
+            return [None] * len(self.stacks)
+        sizes = [len(stack.unit) * stack.repeats for stack in self.stacks]
+        return _split_rows(layer_keys(rng, sum(sizes)), sizes)
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embedding(tokens)
@@ -210,3 +235,9 @@ def _check_vocabulary(tokens: jax.Array, vocab_size: int) -> None:
             f"token ids from {lowest} to {highest}: must be from 0 to below"
             f" model.vocab_size={vocab_size}"
         )
+
+
+def _split_rows(x: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Cuts the first axis into pieces of the given sizes."""
+    ends = list(itertools.accumulate(sizes))
+    return [x[end - size : end] for end, size in zip(ends, sizes, strict=True)]

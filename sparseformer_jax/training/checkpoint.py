@@ -100,6 +100,18 @@ class Checkpoints:
             _require_arrays(state)
         return state
 
+    def arrays(self, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes and dtypes of the parameters and variables of a step, by name.
+
+        Raises:
+          ValueError: there is no such step.
+        """
+        self._require(step)
+        with self._one_line(step):
+            state = ocp.checkpointables_metadata(self.directory / str(step)).metadata["state"]
+            named = {**state["params"], **state.get("variables", {})}
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named.items()}
+
     def meta(self, step: int) -> Meta:
         """Returns what stands beside the arrays of a step.
 

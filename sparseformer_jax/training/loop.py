@@ -24,6 +24,7 @@ from sparseformer_jax.training.checkpoint import Checkpoints, Meta
 from sparseformer_jax.training.metrics import Clock, MetricWriter
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
 from sparseformer_jax.training.preemption import Preemption, Stop
+from sparseformer_jax.training.restore import restore_train_state, saved_form
 from sparseformer_jax.training.state import ModelDef, TrainState, abstract_state, init_state
 from sparseformer_jax.training.step import make_train_step
 from sparseformer_jax.training.workdir import (
@@ -161,7 +162,7 @@ class Run:
             examples = _examples(meta)
             notes += self._accept_changes(meta, accept_changed_config)
             abstract = abstract_state(self.model_def, self._optimizer, jax.sharding.get_mesh())
-            self.state = TrainState(**self.checkpoints.restore(step, vars(abstract)))
+            self.state = restore_train_state(self.model_def, self.checkpoints, step, abstract)
             notes += self._leave_behind(step)
             notes.append(f"resuming from step {step} in {self.workdir}")
         notes += self._open(examples)
@@ -248,6 +249,7 @@ class Run:
         self, step: int, checked: dict[str, float], nonfinite: dict[str, Any]
     ) -> str:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in checked.items())
+        nonfinite = self.model_def.to_layers(nonfinite)
         names = [name for name, bad in jax.device_get(nonfinite).items() if bad]
         where = (
             f"{len(names)} of {len(nonfinite)} parameters or their gradients are not finite: "
@@ -265,7 +267,7 @@ class Run:
     def _save(self, step: int) -> None:
         config = config_lib.to_json(self.config)
         meta = Meta({"examples": self._batches.examples}, self._corpus.fingerprint, config)
-        self.checkpoints.save(step, vars(self.state), meta)
+        self.checkpoints.save(step, saved_form(self.model_def, self.state), meta)
 
     def _finish(self, step: int) -> None:
         """Evaluates and saves the last state, and says what can be done with it."""

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,12 @@ from sparseformer_jax import mesh
 from sparseformer_jax.build import make_model
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.transformer import Transformer
+from sparseformer_jax.training.layer_names import LayerNames
 
-# Variables of a model, array or abstract, by their paths, e.g.
-# "stacks/0/unit/0/attention/query/kernel".
+Tree = TypeVar("Tree")
+
+# Variables of a model, array or abstract, by their paths, stacked as they scan, e.g.
+# "stacks/0/unit/0/attention/query/kernel"; `ModelDef.to_layers` names them by layer.
 Params = dict[str, Any]
 
 
@@ -51,7 +54,17 @@ class ModelDef:
 
     def __init__(self, config: ConfigDict) -> None:
         self.config = config
-        model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0)))
+        self._marks: list[Hashable] | None = None
+        self._trace()
+        marks = self._trainable_marks()
+        if len(set(marks)) > 1:
+            # What only some layers train, they get stacks of their own for.
+            self._marks = marks
+            self._trace()
+
+    def _trace(self) -> None:
+        """Takes structure and names from the model, without making an array."""
+        model = nnx.eval_shape(lambda: make_model(self.config, marks=self._marks, rngs=nnx.Rngs(0)))
         self._graphdef, state = nnx.split(model)
         flat = dict(nnx.to_flat_state(state))
         self._paths = {"/".join(map(str, path)): path for path in flat}
@@ -62,6 +75,18 @@ class ModelDef:
         self.variables: dict[str, nnx.Variable] = {
             name: v for name, v in named.items() if name not in self.params
         }
+        self.names = LayerNames({name: v.shape for name, v in named.items()})
+
+    def to_layers(self, tree: Tree) -> Tree:
+        """Returns a tree by the names of layers: "layers/7/attention/query/kernel".
+
+        Whatever dictionary in the tree has names of variables as keys gets an entry a layer.
+        """
+        return self.names.split(tree)
+
+    def from_layers(self, tree: Tree) -> Tree:
+        """Returns the tree that `to_layers` was given."""
+        return self.names.stack(tree)
 
     def model(
         self, params: Mapping[str, Any], variables: Mapping[str, Any], step: Any
@@ -77,7 +102,8 @@ class ModelDef:
         """Returns fresh parameters and other variables, sharded over the current mesh."""
 
         def init(key: jax.Array) -> Params:
-            state = nnx.as_pure(nnx.state(make_model(self.config, rngs=nnx.Rngs(params=key))))
+            model = make_model(self.config, marks=self._marks, rngs=nnx.Rngs(key))
+            state = nnx.as_pure(nnx.state(model))
             flat = dict(nnx.to_flat_state(state))
             return {name: flat[path] for name, path in self._paths.items()}
 
@@ -90,6 +116,11 @@ class ModelDef:
         variable = self.params.get(name) or self.variables[name]
         axes = variable.get_metadata("axes")
         return mesh.spec(*(None,) * (variable.ndim - len(axes)), *axes)
+
+    def layer_axes(self, name: str) -> tuple[int, ...]:
+        """Returns the axes of a variable that are one layer's: all but that of the stack."""
+        variable = self.params.get(name) or self.variables[name]
+        return tuple(range(variable.ndim - len(variable.get_metadata("axes")), variable.ndim))
 
     def abstract(self, device_mesh: jax.sharding.Mesh) -> tuple[Params, Params]:
         """Returns shapes, dtypes and shardings of the parameters and other variables."""
@@ -105,17 +136,34 @@ class ModelDef:
         )
 
     def trainable(self) -> list[str]:
-        """Returns the names `train.trainable` selects: "all", or by a regular expression.
+        """Returns the parameters that `train.trainable` selects, by their names by layer.
 
         Raises:
           ValueError: it selects nothing.
         """
-        pattern = self.config.train.trainable
-        names = [n for n in self.params if pattern == "all" or re.search(pattern, n)]
+        names = [name for name in self.params if self._selects(self.names.of(name)[0])]
         if not names:
-            shown = ", ".join(sorted(self.params)[:8])
+            pattern = self.config.train.trainable
+            known = [layer for name in self.params for layer in self.names.of(name)]
+            shown = ", ".join(sorted(known)[:8])
             raise ConfigError(f"train.trainable={pattern!r} matches no parameter; some are {shown}")
         return names
+
+    def _selects(self, name: str) -> bool:
+        pattern = self.config.train.trainable
+        return pattern == "all" or re.search(pattern, name) is not None
+
+    def _trainable_marks(self) -> list[Hashable]:
+        """What trains in each layer."""
+        marks: dict[str, set[str]] = {}
+        for name in self.params:
+            layers = self.names.of(name)
+            for layer in layers if layers != [name] else []:
+                _, number, own = layer.split("/", 2)
+                chosen = marks.setdefault(number, set())
+                if self._selects(layer):
+                    chosen.add(own)
+        return [frozenset(marks[number]) for number in sorted(marks, key=int)]
 
 
 def init_state(
@@ -132,12 +180,17 @@ def abstract_state(
 ) -> TrainState:
     """Returns shapes, dtypes and shardings of the state, for compiling and restoring."""
     state = jax.eval_shape(lambda: init_state(model_def, optimizer, jax.random.key(0)))
+    return place(state, device_mesh)
+
+
+def place(tree: Tree, device_mesh: jax.sharding.Mesh) -> Tree:
+    """Returns an abstract tree on a mesh: what has no partition is on every device."""
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = leaf.sharding.spec if leaf.sharding else PartitionSpec()
         return _placed(leaf, spec, device_mesh)
 
-    return jax.tree.map(placed, state)
+    return jax.tree.map(placed, tree)
 
 
 def _placed(

@@ -26,8 +26,9 @@ def make_train_step(
         sum_i w_i (nll_i + z_loss log(Z_i)^2) / sum_i w_i + auxiliary losses
 
     Metrics are scalars, but for "nonfinite": parameter name -> whether its gradient, or the
-    square of its new value, is. Norms are global, over the trainable parameters: "grad_norm"
-    before clipping, "update_norm" of what is added, "param_norm" after it is added.
+    square of its new value, is, for each layer that is stacked in it. Norms are global, over
+    the trainable parameters: "grad_norm" before clipping, "update_norm" of what is added,
+    "param_norm" after it is added.
     """
     train = model_def.config.train
     names = model_def.trainable()
@@ -55,15 +56,15 @@ def make_train_step(
             return grad(trainable, state, piece, rng, total)
 
         grads, metrics = _accumulate(gradients, batch, rng)
-        grad_squares = _squares(grads)
+        grad_squares = _squares(model_def, grads)
         norm = _norm(grad_squares)
         grads = _clip(grads, norm, model_def.config.optimizer.clip_norm)
         updates, opt_state = _update(optimizer, grads, state.opt_state, trainable)
         updated = optax.apply_updates(trainable, updates)
-        squares = _squares(updated)
+        squares = _squares(model_def, updated)
         metrics |= {
             "grad_norm": norm,
-            "update_norm": _norm(_squares(updates)),
+            "update_norm": _norm(_squares(model_def, updates)),
             "param_norm": _norm(squares),
             "learning_rate": schedule(state.step),
             "tokens": total,
@@ -93,14 +94,17 @@ def _accumulate(
     return jax.lax.scan(add, zeros, (batch, jax.random.split(rng, pieces)))[0]
 
 
-def _squares(tree: Params) -> dict[str, jax.Array]:
-    """The squared norm of every array, summed in float32."""
-    return {name: jnp.sum(jnp.square(x.astype(jnp.float32))) for name, x in tree.items()}
+def _squares(model_def: ModelDef, tree: Params) -> dict[str, jax.Array]:
+    """The squared norm of every array, layer by layer, summed in float32."""
+    return {
+        name: jnp.sum(jnp.square(x.astype(jnp.float32)), axis=model_def.layer_axes(name))
+        for name, x in tree.items()
+    }
 
 
 def _norm(squares: dict[str, jax.Array]) -> jax.Array:
     """The norm of all arrays together."""
-    return jnp.sqrt(sum(squares.values()))
+    return jnp.sqrt(sum(map(jnp.sum, squares.values())))
 
 
 def _clip(grads: Params, norm: jax.Array, limit: float) -> Params:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparseformer_jax.model.stack import LayerStack, group_layers
+from sparseformer_jax.model.stack import LayerStack, group_layers, layer_keys
 from tests.model.harness import assert_close, layers, normal
 
 
@@ -67,7 +67,7 @@ class Toy(nnx.Module):
 
 def make_stack(kinds="ab", repeats=3, remat="none"):
     makers = [functools.partial(Toy, kind) for kind in kinds]
-    return LayerStack(makers, repeats, remat, rngs=nnx.Rngs(0))
+    return LayerStack(makers, layer_keys(jax.random.key(0), len(kinds) * repeats), remat)
 
 
 X, POSITIONS = jnp.asarray(normal(0, 2, 7, 5)), jnp.asarray(0.5)
@@ -99,7 +99,8 @@ def test_every_layer_has_its_own_randomness():
         layer.weight[...] = jnp.zeros_like(layer.weight[...])
 
     def noise(seed):
-        _, (_, diagnostics) = stack(X, POSITIONS, None, jax.random.key(seed))
+        keys = layer_keys(jax.random.key(seed), 6)
+        _, (_, diagnostics) = stack(X, POSITIONS, None, keys)
         return set(diagnostics["mean"].tolist())
 
     assert noise(0) == noise(0)
