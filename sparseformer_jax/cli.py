@@ -44,6 +44,13 @@ Continues a prompt with a trained model.
 An installed package has the same command as `sparseformer-generate`.
 """
 
+_PLOT_USAGE = """\
+Draws a run: loss, evaluation, learning rate and speed over steps.
+
+  python -m sparseformer_jax.evaluation.plots --workdir=/tmp/run
+  python -m sparseformer_jax.evaluation.plots --workdir=/tmp/run --output=loss.png
+"""
+
 _CONFIG_HELP = """\
   --config.KEY=VALUE         override a key, e.g. --config.train.num_steps=500
                              sparseformer_jax/default_config.py documents all keys
@@ -95,6 +102,17 @@ def sample(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_integer("seed", 0, "of the sampling", 0, flag_values=own)
     _number(own, "step", "checkpoint to load; default: the latest")
     _run(_sample, own, _SAMPLE_USAGE, sys.argv if argv is None else argv)
+
+
+def plot(argv: Sequence[str] | None = None) -> None:
+    """Runs the command that draws a run; `argv` is sys.argv unless given.
+
+    A user's mistake ends the process with one line on stderr and exit code 2.
+    """
+    own = _new_flags()
+    _text(own, "workdir", "folder that training wrote")
+    _text(own, "output", "PNG file; default: loss.png there")
+    _run(_plot, own, _PLOT_USAGE, sys.argv if argv is None else argv)
 
 
 def _train(own: flags.FlagValues, argv: list[str]) -> None:
@@ -164,6 +182,17 @@ def _sample(own: flags.FlagValues, argv: list[str]) -> None:
         sys.stdout.flush()
 
 
+def _plot(own: flags.FlagValues, argv: list[str]) -> None:
+    _require(own, "workdir")
+    _override(ConfigDict(), own, argv)
+    from sparseformer_jax.evaluation import plots
+
+    output = pathlib.Path(own.output) if own.output else None
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output={output}: there is no folder {output.parent}")
+    print(plots.draw(pathlib.Path(own.workdir), output))
+
+
 def _run(
     main: Callable[[flags.FlagValues, list[str]], None],
     own: flags.FlagValues,
@@ -176,7 +205,7 @@ def _run(
         # Libraries, grain among them, read absl's global flags.
         flags.FLAGS(argv[:1])
         if own.help:
-            print(usage + "\n" + _flag_list(own) + _CONFIG_HELP, end="")
+            print(usage + "\n" + _flag_list(own) + ("config" in own) * _CONFIG_HELP, end="")
             return
         main(own, rest)
     except (ConfigError, flags.Error) as error:

@@ -15,7 +15,7 @@ from sparseformer_jax import config as config_lib
 from sparseformer_jax import data, mesh
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import ConfigError, NonFiniteError
-from sparseformer_jax.describe import summary
+from sparseformer_jax.describe import costs, summary
 from sparseformer_jax.evaluation.perplexity import Evaluator
 from sparseformer_jax.training import lock
 from sparseformer_jax.training.batches import DeviceBatch, TrainBatches
@@ -27,6 +27,7 @@ from sparseformer_jax.training.preemption import Preemption, Stop
 from sparseformer_jax.training.restore import restore_train_state, saved_form
 from sparseformer_jax.training.state import ModelDef, TrainState, abstract_state, init_state
 from sparseformer_jax.training.step import make_train_step
+from sparseformer_jax.training.throughput import throughput
 from sparseformer_jax.training.workdir import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -50,8 +51,8 @@ def train(
 ) -> None:
     """Trains a model from a validated config, resuming what the workdir holds.
 
-    Writes checkpoints, metrics.jsonl and config.json under `workdir`, which it locks against
-    other runs. SIGTERM and Ctrl-C end it early, with everything saved; SIGTERM returns.
+    Writes checkpoints, metrics.jsonl, loss.png and config.json under `workdir`, which it locks
+    against other runs. SIGTERM and Ctrl-C end it early, with everything saved; SIGTERM returns.
 
     Args:
       config: of the run.
@@ -114,6 +115,7 @@ class Run:
         """Reads the text, builds the model and takes up a checkpoint, the newest if None."""
         config = self.config
         self.model_def = ModelDef(config)
+        self._flops_per_token = 3 * costs(config, self.model_def).forward_flops
         tokenizer = make_tokenizer(config)
         self._corpus = data.load_corpus(config.data, "train", tokenizer)
         held_out = data.load_corpus(config.data, config.eval.split, tokenizer)
@@ -242,7 +244,7 @@ class Run:
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items() if k != "nonfinite"}
         seconds = self._clock.lap(step)
         if not math.isnan(seconds):
-            numbers["tokens_per_second"] = numbers["tokens"] / seconds
+            numbers |= throughput(numbers["tokens"], seconds, self._flops_per_token)
         self._writer.train(step, numbers, eta=(num_steps - step) * seconds)
 
     def _describe_failure(

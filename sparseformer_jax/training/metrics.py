@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sparseformer_jax.evaluation.plots import Painter
 from sparseformer_jax.training.workdir import METRICS_FILE
 
 
@@ -17,7 +18,7 @@ class MetricWriter:
     """Writes numbers by step, after those already in the file.
 
     Args:
-      workdir: metrics.jsonl and TensorBoard events lie here.
+      workdir: metrics.jsonl, loss.png and TensorBoard events lie here.
       first_step: the step the run starts from.
       num_steps: the step it ends at.
       is_primary: other processes of a run on several hosts write nothing.
@@ -37,6 +38,7 @@ class MetricWriter:
         if sys.stderr.isatty():
             self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._num_steps = num_steps
+        self._painter = Painter(workdir, self._print)
 
     def train(self, step: int, numbers: Mapping[str, float], eta: float) -> None:
         """Writes the numbers of a training step; `eta` is the time left in seconds, or nan."""
@@ -49,6 +51,10 @@ class MetricWriter:
         }
         if "tokens_per_second" in numbers:
             shown["tok/s"] = f"{numbers['tokens_per_second']:.0f}"
+        if "flops_per_second" in numbers:
+            shown["TFLOP/s"] = f"{numbers['flops_per_second'] / 1e12:.3g}"
+        if "mfu" in numbers:
+            shown["mfu"] = f"{numbers['mfu']:.1%}"
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
@@ -57,12 +63,13 @@ class MetricWriter:
             self._print(f"step {step}/{self._num_steps}  {pairs}  eta {_duration(eta)}")
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Writes the numbers of an evaluation."""
+        """Writes the numbers of an evaluation, and draws the run up to it."""
         if not self._enabled:
             return
         self._write(step, "eval", numbers)
         pairs = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         self._print(f"eval at step {step}: {pairs}")
+        self._painter.draw()
 
     def message(self, text: str) -> None:
         """Shows a line to the user."""
@@ -70,9 +77,10 @@ class MetricWriter:
             self._print(text)
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Ends the bar, the picture and the files."""
         if not self._enabled:
             return
+        self._painter.close()
         if self._bar is not None:
             self._bar.close()
         if self._tensorboard is not None:

@@ -1,0 +1,149 @@
+"""A picture of a run: loss, evaluation, learning rate and speed over steps.
+
+    python -m sparseformer_jax.evaluation.plots --workdir=/tmp/quickstart
+
+Training draws it, too, at every evaluation, where matplotlib is installed.
+"""
+
+import concurrent.futures
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.training.workdir import METRICS_FILE
+
+if TYPE_CHECKING:  # an extra, imported where it is needed
+    from matplotlib.figure import Figure
+
+PICTURE_FILE = "loss.png"
+
+Series = dict[str, tuple[list[int], list[float]]]
+
+_MISSING = 'pictures need matplotlib: pip install "sparseformer_jax[plots]"'
+_COLOURS = {"train": "#8ecae6", "eval": "#d1495b", "other": "#0b3c5d"}
+
+
+def has_matplotlib() -> bool:
+    """Returns whether pictures can be drawn; does not import anything."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def read(workdir: Path) -> Series:
+    """Returns steps and values of every metric of a run; what is not finite is left out.
+
+    Raises:
+      ConfigError: there are no metrics.
+    """
+    file = workdir / METRICS_FILE
+    if not file.is_file():
+        raise ConfigError(f"--workdir={workdir}: has no {METRICS_FILE}; train there first")
+    series: Series = {}
+    # A running process may be writing the last line.
+    for line in file.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            record = json.loads(line)
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    steps, values = series.setdefault(name, ([], []))
+                    steps.append(record["step"])
+                    values.append(value)
+    return series
+
+
+def draw(workdir: Path, output: Path | None = None) -> Path:
+    """Draws the picture of a run and returns its path, `workdir`/loss.png unless given.
+
+    Raises:
+      ConfigError: matplotlib is missing, or there are no metrics.
+    """
+    if not has_matplotlib():
+        raise ConfigError(_MISSING)
+    path = workdir / PICTURE_FILE if output is None else output
+    # Whoever looks at it meanwhile sees the one before.
+    partial = path.with_name(f".{path.name}")
+    figure(read(workdir), workdir.absolute().name).savefig(partial, format="png")
+    partial.replace(path)
+    return path
+
+
+def figure(series: Series, title: str) -> "Figure":
+    """Returns the picture of a run's metrics: loss on the left, rate and speed on the right."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(8, 3.2), dpi=110, layout="constrained")
+    grid = picture.add_gridspec(2, 2, width_ratios=(3, 2))
+    loss = picture.add_subplot(grid[:, 0])
+    rate = picture.add_subplot(grid[0, 1], sharex=loss)
+    speed = picture.add_subplot(grid[1, 1], sharex=loss)
+    _line(loss, series, "train/loss", _COLOURS["train"], label="training")
+    _line(loss, series, "eval/loss", _COLOURS["eval"], label="evaluation", marker="o")
+    loss.set(ylabel="loss (nats per token)", xlabel="step", title=title)
+    if loss.lines:
+        loss.legend(frameon=False)
+    _line(rate, series, "train/learning_rate", _COLOURS["other"])
+    rate.set(ylabel="learning rate")
+    rate.tick_params(labelbottom=False)
+    _line(speed, series, "train/tokens_per_second", _COLOURS["other"])
+    speed.set(ylabel="tokens / s", xlabel="step")
+    for panel in (loss, rate, speed):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="0.9", linewidth=0.6)
+        panel.set_axisbelow(True)
+    for panel in (rate, speed):
+        panel.set_ylim(bottom=0)
+        panel.locator_params(axis="x", nbins=6)
+        panel.ticklabel_format(axis="y", scilimits=(-2, 5))
+    return picture
+
+
+class Painter:
+    """Draws the picture of a run in a thread of its own, out of the way of the steps.
+
+    Args:
+      workdir: of the run.
+      tell: shows a line to the user where there is no picture.
+    """
+
+    def __init__(self, workdir: Path, tell: Callable[[str], None]) -> None:
+        self._workdir, self._tell = workdir, tell
+        self._thread = concurrent.futures.ThreadPoolExecutor(1) if has_matplotlib() else None
+        self._drawing: concurrent.futures.Future[Path] | None = None
+        self._is_told = False
+
+    def draw(self) -> None:
+        """Starts to draw what has been written so far, once the picture before is done."""
+        self._wait()
+        if self._thread is not None:
+            self._drawing = self._thread.submit(draw, self._workdir)
+        elif not self._is_told:
+            self._tell(f"no {PICTURE_FILE}: {_MISSING}")
+            self._is_told = True
+
+    def close(self) -> None:
+        """Returns when the last picture is written."""
+        self._wait()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _wait(self) -> None:
+        """A run goes on without a picture where the disk does not take it."""
+        try:
+            if self._drawing is not None:
+                self._drawing.result()
+        except OSError as error:
+            self._tell(f"no {PICTURE_FILE}: {error}")
+        self._drawing = None
+
+
+def _line(panel: Any, series: Series, name: str, colour: str, **options: Any) -> None:
+    if name in series:
+        panel.plot(*series[name], color=colour, linewidth=1.5, markersize=4, **options)
+
+
+if __name__ == "__main__":
+    from sparseformer_jax import cli
+
+    cli.plot()
