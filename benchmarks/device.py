@@ -48,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     plan = chosen(steps(args.platform), args.only)
-    command = "python benchmarks/device.py " + shlex.join(
-        sys.argv[1:] if arguments is None else arguments
-    )
+    given = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    command = "python benchmarks/device.py " + given.replace(str(args.out), "DIR")
     with tempfile.TemporaryDirectory(prefix="device-") as scratch:
         with (args.out / "log.txt").open("a", encoding="utf-8") as log:
             run = Run(plan, args, pathlib.Path(scratch), log, command)
@@ -72,7 +71,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     jobs = max(1, (os.cpu_count() or 2) // 2)
     parser.add_argument("--jobs", type=int, default=jobs, help=f"processes (default: {jobs})")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    try:
+        if not chosen(steps(args.platform), args.only):
+            parser.error(f"--only={args.only}: matches no step, like 'time mosaic_gpu 64 0.1'")
+    except re.error as error:
+        parser.error(f"--only={args.only}: {error}")
+    if args.jobs < 1 or not args.minutes > 0:
+        parser.error(f"--jobs={args.jobs} --minutes={args.minutes:g}: must be positive")
+    return args
 
 
 def chosen(plan: Sequence[Step], pattern: str) -> list[Step]:
@@ -179,7 +186,8 @@ class Run:
             self._launch(self._queue.pop(0))
 
     def _launch(self, step: Step) -> None:
-        job = {"function": step.function, "arguments": step.arguments, "out": str(self._args.out)}
+        out = str(self._args.out.resolve())
+        job = {"function": step.function, "arguments": step.arguments, "out": out}
         command = [sys.executable, str(SCRIPT), json.dumps(job)]
         process = subprocess.Popen(
             command,

@@ -129,6 +129,22 @@ def test_the_time_is_kept(device, run):
     assert states == {"hangs": "stopped", "late": "not started"}
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--only=nothing", "--only=nothing: matches no step"),
+        ("--only=(", "--only=(: missing )"),
+        ("--jobs=0", "--jobs=0 --minutes=9: must be positive"),
+        ("--minutes=nan", "--minutes=nan: must be positive"),
+    ],
+)
+def test_mistakes(device, option, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as exit_:
+        device.main([f"--out={tmp_path}", option])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_steps_bring_what_they_need(device):
     plan = device.steps("gpu")
     names = [own.name for own in device.chosen(plan, "time mosaic_gpu 64 0.1$")]
