@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sparseformer_jax import config as config_lib
-from sparseformer_jax import mesh
+from sparseformer_jax import mesh, units
 from sparseformer_jax.attention.base import Attention
 from sparseformer_jax.model.transformer import Transformer
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
@@ -72,9 +72,9 @@ def summary(config: ConfigDict, model_def: ModelDef) -> str:
     cost = costs(config, model_def)
     density = sum(cost.densities) / len(cost.densities)
     return (
-        f"{config.attention.name}: {_count(cost.parameters)} parameters "
-        f"({_count(cost.trainable)} trainable), {_count(3 * cost.forward_flops)}FLOP to train "
-        f"on a token, attention density {density:.3f}"
+        f"{config.attention.name}: {units.count(cost.parameters)} parameters "
+        f"({units.count(cost.trainable)} trainable), {units.count(3 * cost.forward_flops)}FLOP to "
+        f"train on a token, attention density {density:.3f}"
     )
 
 
@@ -95,10 +95,10 @@ def describe(config: ConfigDict) -> str:
         f"{resolved}\n\n"
         f"{summary(config, model_def)}\n"
         f"parameters: {cost.parameters:,} ({cost.trainable:,} trainable)\n"
-        f"FLOPs per token: {_count(cost.forward_flops)} forward, "
-        f"{_count(3 * cost.forward_flops)} training\n"
-        f"memory per device: {_bytes(state_bytes)} state, {_bytes(temporary_bytes)} gradients "
-        f"and activations (compiled for {jax.default_backend()}, mesh {_mesh(sizes)})\n"
+        f"FLOPs per token: {units.count(cost.forward_flops)} forward, "
+        f"{units.count(3 * cost.forward_flops)} training\n"
+        f"memory per device: {units.size(state_bytes)} state, {units.size(temporary_bytes)} "
+        f"gradients and activations (compiled for {jax.default_backend()}, mesh {_mesh(sizes)})\n"
         f"attention density at {config.data.seq_len} tokens:\n{densities}"
     )
 
@@ -137,14 +137,3 @@ def _local_bytes(state: TrainState) -> int:
 
 def _mesh(sizes: dict[str, int]) -> str:
     return ",".join(f"{axis}:{sizes[axis]}" for axis in mesh.AXES)
-
-
-def _count(number: float | int) -> str:
-    """A count with its decimal prefix: 1234567 -> '1.23 M'."""
-    prefixes = ["", "k", "M", "G", "T", "P"]
-    power = min(int(math.log10(max(number, 1)) // 3), len(prefixes) - 1)
-    return f"{number / 1000**power:.3g} {prefixes[power]}"
-
-
-def _bytes(number: int) -> str:
-    return f"{number / 2**20:.1f} MiB" if number < 2**30 else f"{number / 2**30:.2f} GiB"

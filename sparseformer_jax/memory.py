@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sparseformer_jax import config as config_lib
-from sparseformer_jax import mesh
+from sparseformer_jax import mesh, units
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.training.state import ModelDef
 
@@ -69,11 +69,14 @@ def check(config: ConfigDict) -> None:
     needed, present = estimate(config), capacity()
     if present is None or needed.total <= present:
         return
+    parts = (
+        f"parameters {units.size(needed.parameters)}, gradients and optimizer"
+        f" {units.size(needed.training)}, activations {units.size(needed.activations)}"
+    )
     raise ConfigError(
-        f"config: needs at least {show(needed.total)} on each device (parameters"
-        f" {show(needed.parameters)}, gradients and optimizer {show(needed.training)}, activations"
-        f" {show(needed.activations)}), which has {show(present)}; make model, train.batch_size or"
-        " data.seq_len smaller or mesh.fsdp larger, or try with --ignore_memory_estimate"
+        f"config: needs at least {units.size(needed.total)} on each device ({parts}), which has"
+        f" {units.size(present)}; make model, train.batch_size or data.seq_len smaller or mesh.fsdp"
+        " larger, or try with --ignore_memory_estimate"
     )
 
 
@@ -90,13 +93,6 @@ def capacity() -> int | None:
     if group.is_file() and group.read_text().strip().isdigit():
         limits.append(int(group.read_text()))
     return min(limits) // jax.local_device_count()
-
-
-def show(number: int) -> str:
-    """Returns a number of bytes for a person: 3 * 2**20 -> "3.0 MiB"."""
-    units = ["MiB", "GiB", "TiB", "PiB"]
-    power = max(2, min(5, int(math.log2(max(number, 1)) // 10)))
-    return f"{number / 1024**power:,.1f} {units[power - 2]}"
 
 
 def _activations(config: ConfigDict, sizes: dict[str, int]) -> int:

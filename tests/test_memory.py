@@ -71,11 +71,3 @@ def test_an_accelerator_says_what_it_has(monkeypatch):
     for device, limit in ((gpu, 3), (unknown, None)):
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
         assert memory.capacity() == limit
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0.0 MiB"), (3 * 2**20, "3.0 MiB"), (2**41, "2.0 TiB"), (2**75, "33,554,432.0 PiB")],
-)
-def test_bytes_are_shown_with_their_unit(number, text):
-    assert memory.show(number) == text

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sparseformer_jax import units
 from sparseformer_jax.evaluation.plots import Painter
 from sparseformer_jax.training.workdir import METRICS_FILE
 
@@ -52,7 +53,7 @@ class MetricWriter:
         if "tokens_per_second" in numbers:
             shown["tok/s"] = f"{numbers['tokens_per_second']:.0f}"
         if "flops_per_second" in numbers:
-            shown["TFLOP/s"] = f"{numbers['flops_per_second'] / 1e12:.3g}"
+            shown["FLOP/s"] = units.count(numbers["flops_per_second"])
         if "mfu" in numbers:
             shown["mfu"] = f"{numbers['mfu']:.1%}"
         if self._bar is not None:

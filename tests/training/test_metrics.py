@@ -26,3 +26,12 @@ def test_lines_are_strict_json(tmp_path, capsys):
         {"step": 1, "eval/loss": 1000.0, "eval/perplexity": None},
     ]
     assert "perplexity inf" in capsys.readouterr().out
+
+
+def test_a_step_shows_what_the_device_achieves(tmp_path, capsys):
+    writer = metrics.MetricWriter(tmp_path, 0, 10, is_primary=True)
+    speed = {"tokens_per_second": 4e3, "flops_per_second": 2.5e13, "mfu": 0.025}
+    writer.train(1, {"loss": 0.0, **speed}, eta=60.0)
+    writer.close()
+    line = "step 1/10  loss 0.0000  ppl 1.00  tok/s 4000  FLOP/s 25 T  mfu 2.5%  eta 0:01:00\n"
+    assert capsys.readouterr().out == line
