@@ -83,7 +83,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     _text(own, "config", "config file; default: the config saved in the workdir")
     _number(own, "step", "checkpoint to load; default: the latest")
     _text(own, "split", "train, validation or test; default: the config's")
-    _text(own, "output", "JSON file of the results; default: eval_SPLIT_STEP.json there")
+    _text(own, "output", "JSON file of the results; default: eval_SPLIT_STEP[_DIGEST].json there")
     _distributed(own)
     _run(_evaluate, own, _EVAL_USAGE, sys.argv if argv is None else argv)
 
@@ -147,17 +147,16 @@ def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
     _start_jax(own)
     _validate(config)
     from sparseformer_jax import mesh
-    from sparseformer_jax.evaluation import perplexity
+    from sparseformer_jax.evaluation import perplexity, results
 
-    results = perplexity.evaluate_checkpoint(config, own.workdir, step=own.step, split=own.split)
-    if not mesh.is_primary():
-        return
-    text = json.dumps(results, indent=2)
-    print(text)
-    name = f"eval_{config.eval.split}_{results['step']}.json"
-    output = pathlib.Path(own.output or pathlib.Path(own.workdir) / name)
-    output.write_text(text + "\n")
-    print(f"written to {output}", file=sys.stderr)
+    workdir, output = pathlib.Path(own.workdir), own.output and pathlib.Path(own.output)
+    if mesh.is_primary():
+        field = "--output" if output else "--workdir"
+        results.check_folder(field, output or workdir / "eval.json")
+    found = perplexity.evaluate_checkpoint(config, workdir, step=own.step, split=own.split)
+    if mesh.is_primary():
+        print(json.dumps(found, indent=2))
+        print(results.write(output or workdir / results.file_name(found), found), file=sys.stderr)
 
 
 def _sample(own: flags.FlagValues, argv: list[str]) -> None:
@@ -237,7 +236,12 @@ def _saved(workdir: str) -> ConfigDict:
     file = pathlib.Path(workdir) / "config.json"
     if not file.is_file():
         raise ConfigError(f"--workdir={workdir}: has no config.json; pass --config")
-    return from_json(file.read_text())
+    try:
+        return from_json(file.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"{file}: {error}; pass --config, or train on: it is written anew"
+        ) from None
 
 
 def _start_jax(own: flags.FlagValues) -> None:

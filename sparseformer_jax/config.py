@@ -66,8 +66,18 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """Returns the config that `to_json` wrote: same keys, types, tuples and Nones."""
-    return _decode(json.loads(text))
+    """Returns the config that `to_json` wrote: same keys, types, tuples and Nones.
+
+    Raises:
+      ValueError: the text is cut, or no config.
+    """
+    try:
+        config = _decode(json.loads(text))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"is no config, or a damaged one ({error})") from None
+    if not isinstance(config, ConfigDict):
+        raise ValueError("is no config: it holds no keys")
+    return config
 
 
 def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:

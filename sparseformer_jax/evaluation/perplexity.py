@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import NonFiniteError
 from sparseformer_jax.model.loss import cross_entropy
 from sparseformer_jax.training.batches import DeviceBatch, place
+from sparseformer_jax.training.changes import evaluated_differently
+from sparseformer_jax.training.checkpoint import Checkpoints
 from sparseformer_jax.training.metrics import perplexity
 from sparseformer_jax.training.restore import restore_state
 from sparseformer_jax.training.state import ModelDef, TrainState
@@ -98,8 +101,11 @@ def make_eval_step(
 
 def evaluate_checkpoint(
     config: ConfigDict, workdir: Path, *, step: int | None = None, split: str | None = None
-) -> dict[str, float | int]:
-    """Returns what `Evaluator` says of a checkpoint, with its step.
+) -> dict[str, Any]:
+    """Returns what `Evaluator` says of a checkpoint, and of what it says that.
+
+    Beside the numbers: "step"; "split"; "text", the fingerprint of text and tokenizer; and
+    "overrides", {key: "old -> new"} where the evaluation is not the run's own.
 
     Args:
       config: the run's, or one with other `data` and `eval` sections.
@@ -115,5 +121,13 @@ def evaluate_checkpoint(
     with jax.set_mesh(mesh.make_mesh(config_lib.resolve_mesh(config.mesh, jax.device_count()))):
         model_def = ModelDef(config)
         state = restore_state(model_def, workdir, step)
+        step = int(state.step)
+        with Checkpoints(workdir) as checkpoints:
+            meta = checkpoints.meta(step)
         corpus = data.load_corpus(config.data, split, make_tokenizer(config))
-        return {"step": int(state.step), **Evaluator(config, model_def, corpus)(state)}
+        overrides = evaluated_differently(config_lib.from_json(meta.config), config)
+        if corpus.fingerprint != meta.corpus:
+            overrides["text"] = "not that of the run"
+        results = Evaluator(config, model_def, corpus)(state)
+    subject = {"step": step, "split": split, "text": corpus.fingerprint, "overrides": overrides}
+    return {**subject, **results}

@@ -74,3 +74,17 @@ def _is_harmless(key: str, new: ConfigDict, same_text: bool) -> bool:
     if key == "train.num_steps":
         return new.optimizer.schedule not in _SCHEDULES_BY_LENGTH
     return key in _HARMLESS or key.startswith(_HARMLESS_SECTIONS) or (same_text and key in _TEXT)
+
+
+def evaluated_differently(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
+    """Returns {key: "old -> new"} of what makes an evaluation another one than of `old`.
+
+    Text is left out, which its fingerprint tells, and so is the split.
+    """
+    keys = ("model.", "attention.", "data.", "eval.batch_size", "eval.num_batches")
+    irrelevant = _HARMLESS | _TEXT
+    return {
+        key: change
+        for key, change in diff(old, new).items()
+        if key.startswith(keys) and key not in irrelevant
+    }
