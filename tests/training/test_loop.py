@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from sparseformer_jax import cli
 from sparseformer_jax.checks import ConfigError, NonFiniteError
 from sparseformer_jax.evaluation.perplexity import evaluate_checkpoint
 from sparseformer_jax.generation.sampling import generate
@@ -33,6 +34,19 @@ def test_the_last_state_is_evaluated_as_the_checkpoint_is(run, finished):
     results = {f"eval/{name}": x for name, x in evaluate_checkpoint(run, finished).items()}
     assert results["eval/step"] == written.pop("step") == 4
     assert written.items() <= results.items()
+
+
+def test_another_evaluation_leaves_the_run_s_own(run, finished, capsys):
+    """From a process where JAX has started, as in a notebook."""
+    cli.evaluate(["eval.py", f"--workdir={finished}"])
+    own = finished / "eval_validation_4.json"
+    before = own.read_text()
+    assert json.loads(before)["overrides"] == {}
+    cli.evaluate(["eval.py", f"--workdir={finished}", "--config.eval.num_batches=1"])
+    (other,) = set(finished.glob("eval_*.json")) - {own}
+    assert own.read_text() == before
+    assert json.loads(other.read_text())["overrides"] == {"eval.num_batches": "2 -> 1"}
+    assert capsys.readouterr().err.splitlines() == [f"written to {own}", f"written to {other}"]
 
 
 def test_a_finished_run_only_says_so(run, finished, capsys):
