@@ -12,7 +12,7 @@ from pallas_kernels.block_mask import FULL
 from pallas_kernels.kernel_tables import Tiling
 from pallas_kernels.targets import Target
 from tests.golden import loading
-from tests.pallas_kernels import gpu_interpreter
+from tests.pallas_kernels import gpu_interpreter, kernel_cases
 
 SETTINGS = loading.settings("s2")
 LAYOUTS = loading.arrays("s2", "layouts.npz")
@@ -126,12 +126,8 @@ def test_token_mask(case):
     np.testing.assert_array_equal(np.broadcast_to(actual, expected.shape), expected)
 
 
-def compare_attention(case, implementation, dtype=np.float32, atol=1e-5):
-    """Compares output, lse and gradients with those of the official kernels."""
-    stored = {
-        name: ATTENTION[f"{case['key']}_{name}"]
-        for name in ("q", "k", "v", "do", "out", "lse", "dq", "dk", "dv")
-    }
+def attention_results(case, implementation, *inputs):
+    """Returns output, lse and gradients from queries, keys, values and d_out."""
     block_mask, is_causal = attention_mask(case), case.get("causal", True)
 
     @jax.jit
@@ -151,12 +147,21 @@ def compare_attention(case, implementation, dtype=np.float32, atol=1e-5):
         (out, lse), pull = jax.vjp(attend, q, k, v)
         return out, lse.swapaxes(1, 2), *pull((d_out, lse * 0))
 
-    inputs = [stored[name].astype(dtype) for name in ("q", "k", "v", "do")]
-    results = outputs_and_gradients(*inputs)
+    return outputs_and_gradients(*inputs)
+
+
+def attention_inputs(case, dtype=np.float32):
+    return [ATTENTION[f"{case['key']}_{name}"].astype(dtype) for name in ("q", "k", "v", "do")]
+
+
+def compare_attention(case, implementation):
+    """Compares results with those of the official kernels."""
+    results = attention_results(case, implementation, *attention_inputs(case))
     official = case["max_abs_diff_vs_float64_dense_reference"]
     for name, result in zip(("out", "lse", "dq", "dk", "dv"), results, strict=True):
+        stored = ATTENTION[f"{case['key']}_{name}"]
         np.testing.assert_allclose(
-            result, stored[name], rtol=atol, atol=atol + official[name], err_msg=name
+            result, stored, rtol=1e-5, atol=1e-5 + official[name], err_msg=name
         )
 
 
@@ -175,10 +180,14 @@ def test_attention_on_tpu(case):
 
 @by_key(SETTINGS["attention"])
 def test_attention_on_hopper(case, monkeypatch):
-    """In float16, as WGMMA would round float32."""
+    """In float16, against what the rounded inputs give: `reference` stands for the official one."""
     gpu_interpreter.compile_once(monkeypatch)
+    inputs = attention_inputs(case, np.float16)
     with targets.use(gpu_interpreter.INTERPRETED):
-        compare_attention(case, "mosaic_gpu", np.float16, 4 * np.finfo(np.float16).eps)
+        actual = attention_results(case, "mosaic_gpu", *inputs)
+    with jax.enable_x64(True):
+        truth = attention_results(case, "reference", *(x.astype(np.float64) for x in inputs))
+    kernel_cases.assert_agree(actual, truth, np.float16)
 
 
 def assert_flex_attention_tables(case, table, counts, indices, is_full):
