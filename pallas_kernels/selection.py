@@ -22,6 +22,14 @@ class Implementation(Protocol):
         """Returns why it cannot compute the call there; None when it can."""
 
 
+@runtime_checkable
+class Reserved(Implementation, Protocol):
+    """A module that may have reasons to be taken by name only."""
+
+    def reservation(self) -> str | None:
+        """Returns why it is not taken where the best one is asked for; None if it is."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """Which implementation is taken for a call, and why not those before it.
@@ -77,7 +85,10 @@ class Implementations:
         target = targets.current()
         refusals: dict[str, str] = {}
         for name in self.asked_for(implementation):
-            reason = self.load(name).refusal(call, target)
+            module = self.load(name)
+            reason = module.refusal(call, target)
+            if reason is None and implementation is None and isinstance(module, Reserved):
+                reason = module.reservation()
             if reason is None:
                 return Choice(name, refusals, target)
             refusals[name] = reason

@@ -62,7 +62,8 @@ def block_sparse_attention(
             block_mask, which is S - T unless it was built with another.
         implementation: "pallas_tpu", "cudnn", "mosaic_gpu", "triton", "xla" or
             "reference", several to try in order, or None for the best one that can run;
-            `explain` tells which that is.
+            `explain` tells which that is. "cudnn" is taken by name only, as its gradients
+            change from run to run, unless XLA_FLAGS ask for deterministic operations.
         return_lse: also return log sum_j exp(s_ij), the natural logarithm, in float32
             or wider.
 

@@ -2,7 +2,13 @@
 
 A mask as an array would cost [T, S] memory and, by the figures published for Hopper,
 more time than the kernels that read lists. So a mask with a gap is never sent here.
+
+Its backward pass adds to dQ in an order that changes from run to run, unless XLA asks it not
+to: for a whole program, by a flag. So without that flag it is only taken by name.
 """
+
+import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +24,8 @@ from pallas_kernels.targets import Target
 _LARGEST_HEAD_DIM = {8: 128, 9: 256, 10: 128}
 # The second and third axis of a grid end there.
 _LARGEST_BATCH = 65535
+# Either tells XLA to ask cuDNN for an algorithm with one order of sums.
+_DETERMINISM = r"--xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=(true|1))?(\s|$)"
 
 
 def refusal(call: Call, target: Target) -> str | None:
@@ -38,6 +46,16 @@ def refusal(call: Call, target: Target) -> str | None:
     if call.return_lse:
         return "it has no gradient through the log-sum-exp that return_lse asks for"
     return _reason_to_need_a_mask(call)
+
+
+def reservation() -> str | None:
+    """Returns why it is not taken where the best one is asked for; None if it is."""
+    if re.search(_DETERMINISM, os.environ.get("XLA_FLAGS", "")):
+        return None
+    return (
+        "its gradients change from run to run: name it, or set "
+        "XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=true"
+    )
 
 
 def attend(

@@ -14,6 +14,7 @@ HOPPER = Target("cuda", "NVIDIA H200", 90)
 AMPERE = Target("cuda", "NVIDIA A100", 80)
 TPU = Target("tpu", "TPU v5e")
 SPARSE = BlockMask.from_rule(Local(64, left=2), 256, is_causal=True)
+BY_NAME = ("cudnn", "mosaic_gpu")
 DENSE = BlockMask.from_rule(Dense(), 256, is_causal=True)
 
 
@@ -37,10 +38,11 @@ def test_a_cpu_takes_xla():
     ("target", "block_mask", "options", "taken"),
     [
         (TPU, SPARSE, {}, "pallas_tpu"),
-        (HOPPER, DENSE, {}, "cudnn"),
+        (HOPPER, DENSE, {}, "mosaic_gpu"),
+        (HOPPER, DENSE, {"implementation": BY_NAME}, "cudnn"),
         (HOPPER, SPARSE, {}, "mosaic_gpu"),
-        (HOPPER, DENSE, {"logits_soft_cap": 3.0}, "mosaic_gpu"),
-        (HOPPER, DENSE, {"return_lse": True}, "mosaic_gpu"),
+        (HOPPER, DENSE, {"implementation": BY_NAME, "logits_soft_cap": 3.0}, "mosaic_gpu"),
+        (HOPPER, DENSE, {"implementation": BY_NAME, "return_lse": True}, "mosaic_gpu"),
         (AMPERE, DENSE, {"head_dim": 256, "implementation": ("cudnn", "xla")}, "xla"),
         (Target("rocm", "gfx90a"), SPARSE, {}, "xla"),
     ],
@@ -49,10 +51,28 @@ def test_the_best_that_can_run(target, block_mask, options, taken):
     assert explained(target, block_mask, **options).taken == taken
 
 
+@pytest.mark.parametrize(
+    ("flags", "taken"),
+    [
+        ("", "mosaic_gpu"),
+        ("--xla_gpu_deterministic_ops=false", "mosaic_gpu"),
+        ("--xla_a=1 --xla_gpu_deterministic_ops --xla_b=2", "cudnn"),
+        ("--xla_gpu_exclude_nondeterministic_ops=true", "cudnn"),
+    ],
+)
+def test_cudnn_is_taken_unasked_only_where_xla_makes_it_deterministic(monkeypatch, flags, taken):
+    """XLA reads its flags, and tells cuDNN for all of a program."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    choice = explained(HOPPER, DENSE)
+    assert choice.taken == taken
+    if taken != "cudnn":
+        assert "its gradients change from run to run" in choice.refusals["cudnn"]
+
+
 def test_a_batch_longer_than_an_axis_of_cudas_grids_is_not_sent_to_cudnn():
     arrays = [jax.ShapeDtypeStruct((70_000, *x.shape[1:]), x.dtype) for x in shapes()]
     with targets.use(HOPPER):
-        choice = explain(*arrays, DENSE, is_causal=True)
+        choice = explain(*arrays, DENSE, is_causal=True, implementation=BY_NAME)
     assert choice.taken == "mosaic_gpu"
     assert choice.refusals["cudnn"].startswith("batch=70000 must be at most 65535")
 
@@ -60,7 +80,7 @@ def test_a_batch_longer_than_an_axis_of_cudas_grids_is_not_sent_to_cudnn():
 def test_every_tile_listed_is_dense_whoever_listed_it():
     full = np.tril(np.ones((1, 4, 4), bool))
     whole = BlockMask.from_block_map(full, 256, 256, 64, 64, is_causal=True)
-    assert explained(HOPPER, whole).taken == "cudnn"
+    assert explained(HOPPER, whole, implementation=BY_NAME).taken == "cudnn"
     full[0, 3, 0] = False
     gap = BlockMask.from_block_map(full, 256, 256, 64, 64, is_causal=True)
     assert "leaves tiles out" in explained(HOPPER, gap).refusals["cudnn"]
