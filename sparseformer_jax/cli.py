@@ -231,13 +231,13 @@ def _override(config: ConfigDict, own: flags.FlagValues, argv: list[str]) -> Non
 
 
 def _saved(workdir: str) -> ConfigDict:
-    from sparseformer_jax.config import from_json
+    from sparseformer_jax.config import completed, from_json
 
     file = pathlib.Path(workdir) / "config.json"
     if not file.is_file():
         raise ConfigError(f"--workdir={workdir}: has no config.json; pass --config")
     try:
-        return from_json(file.read_text())
+        return completed(from_json(file.read_text()))
     except ValueError as error:
         raise ConfigError(
             f"{file}: {error}; pass --config, or train on: it is written anew"

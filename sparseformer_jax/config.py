@@ -80,6 +80,20 @@ def from_json(text: str) -> ConfigDict:
     return config
 
 
+def completed(config: ConfigDict) -> ConfigDict:
+    """Adds the keys that are newer than a saved config, at their defaults; returns it."""
+    _fill(config, default_config.get_config())
+    return config
+
+
+def _fill(config: ConfigDict, defaults: ConfigDict) -> None:
+    for key, default in defaults.items():
+        if key not in config:
+            config[key] = placeholder(defaults.get_type(key)) if default is None else default
+        elif isinstance(default, ConfigDict) and isinstance(config[key], ConfigDict):
+            _fill(config[key], default)
+
+
 def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, ConfigDict):

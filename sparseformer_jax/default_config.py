@@ -14,6 +14,9 @@ def get_config() -> ConfigDict:
     """Returns the default configuration: a small dense model on Python source text."""
     config = ConfigDict()
     config.seed = 0  # of initialisation, shuffling and dropout
+    # WORKDIR or WORKDIR:STEP of another run, whose parameters this one starts with, layer by
+    # layer; only what its method adds is initialised. A run that resumes does not read it.
+    config.init_from = ""
 
     config.model = model = ConfigDict()
     model.vocab_size = 258  # at least the tokenizer's; 256 bytes, <bos>, <eos>

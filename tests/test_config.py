@@ -191,3 +191,13 @@ def test_json_round_trip_is_exact():
     again.model.logits_soft_cap = 30.0
     with pytest.raises(TypeError):
         again.model.logits_soft_cap = "high"
+
+
+def test_a_saved_config_is_completed_with_newer_keys():
+    config = default_config.get_config()
+    old = config_lib.from_json(config_lib.to_json(config))
+    del old["init_from"]
+    del old.model["attention_soft_cap"]
+    completed = config_lib.completed(old)
+    assert config_lib.flatten(completed) == config_lib.flatten(config)
+    assert completed.model.get_type("attention_soft_cap") is float

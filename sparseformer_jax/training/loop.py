@@ -21,11 +21,12 @@ from sparseformer_jax.training import lock
 from sparseformer_jax.training.batches import DeviceBatch, TrainBatches
 from sparseformer_jax.training.changes import compare
 from sparseformer_jax.training.checkpoint import Checkpoints, Meta
+from sparseformer_jax.training.init_from import first_state
 from sparseformer_jax.training.metrics import Clock, MetricWriter
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
 from sparseformer_jax.training.preemption import Preemption, Stop
 from sparseformer_jax.training.restore import restore_train_state, saved_form
-from sparseformer_jax.training.state import ModelDef, TrainState, abstract_state, init_state
+from sparseformer_jax.training.state import ModelDef, TrainState, abstract_state
 from sparseformer_jax.training.step import make_train_step
 from sparseformer_jax.training.throughput import throughput
 from sparseformer_jax.training.workdir import (
@@ -158,7 +159,8 @@ class Run:
         self.first_step = step or 0
         if step is None:
             key = jax.random.key(self.config.seed)
-            self.state = jax.jit(lambda: init_state(self.model_def, self._optimizer, key))()
+            self.state, lines = first_state(self.model_def, self._optimizer, key)
+            notes += lines
         else:
             meta = self.checkpoints.meta(step)
             examples = _examples(meta)

@@ -62,27 +62,46 @@ def restore_state(model_def: ModelDef, workdir: Path, step: int | None = None) -
 def _read(
     model_def: ModelDef, checkpoints: Checkpoints, step: int, asked: dict[str, Any]
 ) -> dict[str, Any]:
-    """Reads items of a state, in the form of today or in the one before names by layer."""
-    device_mesh = jax.sharding.get_mesh()
-    layers = place(jax.eval_shape(model_def.to_layers, asked), device_mesh)
-    held = checkpoints.arrays(step)
-    stacked = None
-    if LayerNames.are_stacked(held):
-        stacked = LayerNames({name: array.shape for name, array in held.items()})
-        held = jax.eval_shape(stacked.split, held)
-    wrong = differences(held, {**layers["params"], **layers["variables"]})
+    """Reads items of a state, all variables among them."""
+    stored = Stored(checkpoints, step)
+    layers = model_def.abstract_layers(asked)
+    wrong = differences(stored.arrays, {**layers["params"], **layers["variables"]})
     if wrong:
         raise ConfigError(
             f"checkpoint {step} in {checkpoints.directory} does not fit the config: {wrong}"
         )
-    if stacked is None:
-        found = checkpoints.restore(step, _on_host(layers))
-    else:
-        old = place(jax.eval_shape(stacked.stack, layers), device_mesh)
+    return model_def.placed(stored.load(layers), asked)
+
+
+class Stored:
+    """A checkpoint by the names of layers, also one that was written before there were any.
+
+    Attributes:
+      arrays: shapes and dtypes of its parameters and variables.
+
+    Raises:
+      ValueError: there is no such step.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, step: int) -> None:
+        self._checkpoints, self._step = checkpoints, step
+        self.arrays = checkpoints.arrays(step)
+        self._stacked = None
+        if LayerNames.are_stacked(self.arrays):
+            self._stacked = LayerNames({name: x.shape for name, x in self.arrays.items()})
+            self.arrays = jax.eval_shape(self._stacked.split, self.arrays)
+
+    def load(self, layers: dict[str, Any]) -> dict[str, Any]:
+        """Returns items of a state by the names of layers, in the host's memory.
+
+        Raises:
+          ValueError: it cannot be read.
+        """
+        if self._stacked is None:
+            return self._checkpoints.restore(self._step, _on_host(layers))
+        old = place(jax.eval_shape(self._stacked.stack, layers), jax.sharding.get_mesh())
         del old["variables"]  # there were none
-        found = stacked.split(checkpoints.restore(step, old)) | {"variables": {}}
-    stacked_again = model_def.names.stack(found, put=_to_device)
-    return jax.device_put(stacked_again, jax.tree.map(lambda leaf: leaf.sharding, asked))
+        return self._stacked.split(self._checkpoints.restore(self._step, old)) | {"variables": {}}
 
 
 def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -100,24 +119,21 @@ def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         if name in held and _form(held[name]) != _form(array)
     ]
     lists = {"missing": missing, "left over": left_over, "misshapen": misshapen}
-    return "; ".join(f"{what}: {_first(names)}" for what, names in lists.items() if names)
+    return "; ".join(f"{what}: {first_names(names)}" for what, names in lists.items() if names)
 
 
 def _form(array: Any) -> str:
     return f"{jnp.dtype(array.dtype).name}{list(array.shape)}"
 
 
-def _first(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
+    """Returns the first few names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
 
 
 def _to_host(x: jax.Array) -> jax.Array:
     return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
-
-
-def _to_device(x: jax.Array) -> jax.Array:
-    return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
 def _on_host(abstract: Tree) -> Tree:

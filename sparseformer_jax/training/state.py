@@ -84,6 +84,18 @@ class ModelDef:
         """
         return self.names.split(tree)
 
+    def abstract_layers(self, tree: Tree) -> Tree:
+        """Returns `to_layers` of an abstract tree, on the current mesh."""
+        return place(jax.eval_shape(self.to_layers, tree), jax.sharding.get_mesh())
+
+    def placed(self, layers: Tree, abstract: Tree) -> Tree:
+        """Returns `from_layers` of arrays in the host's memory, in the places of `abstract`.
+
+        They come to the devices one stack at a time, which need no second copy of the state.
+        """
+        stacked = self.names.stack(layers, put=_to_device)
+        return jax.device_put(stacked, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+
     def from_layers(self, tree: Tree) -> Tree:
         """Returns the tree that `to_layers` was given."""
         return self.names.stack(tree)
@@ -169,8 +181,17 @@ class ModelDef:
 def init_state(
     model_def: ModelDef, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-    """Returns the state before the first step."""
-    params, variables = model_def.init(key)
+    """Returns the state before the first step, freshly initialised."""
+    return new_state(model_def, optimizer, *model_def.init(key))
+
+
+def new_state(
+    model_def: ModelDef,
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    variables: Params,
+) -> TrainState:
+    """Returns the state before the first step with these parameters and variables."""
     trainable = {name: params[name] for name in model_def.trainable()}
     return TrainState(jnp.zeros((), jnp.int32), params, variables, optimizer.init(trainable))
 
@@ -191,6 +212,10 @@ def place(tree: Tree, device_mesh: jax.sharding.Mesh) -> Tree:
         return _placed(leaf, spec, device_mesh)
 
     return jax.tree.map(placed, tree)
+
+
+def _to_device(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
 def _placed(

@@ -1,0 +1,88 @@
+"""Starts a run with the parameters of another one, by the names of layers."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from sparseformer_jax import registry
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.training.checkpoint import Checkpoints
+from sparseformer_jax.training.restore import Stored, differences, first_names
+from sparseformer_jax.training.state import ModelDef, TrainState, init_state, new_state
+
+
+def first_state(
+    model_def: ModelDef, optimizer: optax.GradientTransformation, key: jax.Array
+) -> tuple[TrainState, list[str]]:
+    """Returns the state before the first step, and lines that tell where it comes from.
+
+    With `init_from` parameters and variables are those of another run, on whatever mesh it
+    ran; what the method adds to dense attention and the other run has in no layer is
+    initialised.
+
+    Raises:
+      ConfigError: there is no such checkpoint, or anything else is missing, left over or of
+        another shape.
+    """
+    source = model_def.config.init_from
+    if not source:
+        return jax.jit(lambda: init_state(model_def, optimizer, key))(), []
+    workdir, step = _split(source)
+    if not (workdir / "checkpoints").is_dir():
+        raise ConfigError(f"init_from={source!r}: {workdir} holds no checkpoints")
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.latest_step if step is None else step
+        if step is None:
+            raise ConfigError(f"init_from={source!r}: {workdir} holds no complete checkpoint")
+        (params, variables), new = _load(model_def, Stored(checkpoints, step), key)
+    note = f"parameters start from step {step} of {workdir}"
+    if new:
+        note += f"; of {model_def.config.attention.name} itself, initialised: {first_names(new)}"
+    state = jax.jit(lambda params, variables: new_state(model_def, optimizer, params, variables))
+    return state(params, variables), [note]
+
+
+def _split(source: str) -> tuple[Path, int | None]:
+    """Splits WORKDIR or WORKDIR:STEP."""
+    match = re.fullmatch(r"(.+):(\d+)", source)
+    return (Path(match[1]), int(match[2])) if match else (Path(source), None)
+
+
+def _load(model_def: ModelDef, stored: Stored, key: jax.Array) -> tuple[Any, list[str]]:
+    """Returns parameters and variables, and the names of those that are new."""
+    asked = model_def.abstract(jax.sharding.get_mesh())
+    layers = model_def.abstract_layers(asked)
+    wanted = {**layers[0], **layers[1]}
+    new = _new_names(model_def.config, wanted, stored)
+    wrong = differences(stored.arrays, {n: x for n, x in wanted.items() if n not in new})
+    if wrong:
+        source = model_def.config.init_from
+        raise ConfigError(f"init_from={source!r}: does not fit the model: {wrong}")
+    params, variables = ({n: x for n, x in part.items() if n not in new} for part in layers)
+    loaded = stored.load({"params": params, "variables": variables})
+
+    def fresh() -> tuple[dict[str, Any], ...]:
+        drawn = model_def.to_layers(model_def.init(key))
+        return tuple({n: x for n, x in part.items() if n in new} for part in drawn)
+
+    parts = zip((loaded["params"], loaded["variables"]), jax.jit(fresh)(), strict=True)
+    return model_def.placed(tuple(held | drawn for held, drawn in parts), asked), new
+
+
+def _new_names(config: ConfigDict, wanted: dict[str, Any], stored: Stored) -> list[str]:
+    """What the method adds to dense attention and the other run has in no layer."""
+    dense = config.copy_and_resolve_references()
+    dense.attention = registry.method_config("attention", "dense")
+    dense.train.trainable = "all"
+    base = ModelDef(dense)
+    shared = {layer for name in (*base.params, *base.variables) for layer in base.names.of(name)}
+    known = {_within_layer(name) for name in stored.arrays}
+    return [n for n in wanted if n not in shared and _within_layer(n) not in known]
+
+
+def _within_layer(name: str) -> str:
+    return re.sub(r"^layers/\d+/", "", name)
