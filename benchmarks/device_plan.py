@@ -134,7 +134,7 @@ def steps(platform: str) -> list[Step]:
             for name in dict.fromkeys([*sizes.kernels, "xla"])
         ),
         *(
-            Step(f"train {model}", "training", {"config": model, "steps": sizes.steps}, 150, 60)
+            Step(f"train {model}", "training", {"config": model, "steps": sizes.steps}, 150, 120)
             for model in sizes.models
         ),
     ]

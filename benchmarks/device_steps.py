@@ -103,21 +103,9 @@ def check_attention(parent: Parent, implementation: str, case: dict[str, Any]) -
     size = Case(**case)
     *inputs, d_out = size.arrays()
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def both(name: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        attend = functools.partial(
-            block_sparse_attention,
-            block_mask=size.block_mask(),
-            is_causal=True,
-            implementation=name,
-        )
-        *inputs, d_out = arrays
-        out, pull = jax.vjp(attend, *inputs)
-        return out, *pull(d_out)
-
     wide = [array.astype(jnp.float32) for array in (*inputs, d_out)]
-    run = both.lower(implementation, *inputs, d_out).compile(_UNTUNED)
-    reference = both.lower("reference", *wide).compile(_UNTUNED)
+    run = _both(size, implementation).lower(*inputs, d_out).compile(_UNTUNED)
+    reference = _both(size, "reference").lower(*wide).compile(_UNTUNED)
     with parent.turn():
         actual, expected = run(*inputs, d_out), reference(*wide)
         errors = dict(zip(_NAMES, map(_distance, actual, expected), strict=True))
@@ -134,6 +122,24 @@ def check_attention(parent: Parent, implementation: str, case: dict[str, Any]) -
         same_bits_again=same,
         passed=all(error <= tolerance for error in errors.values()),
     )
+
+
+def _both(case: Case, implementation: str) -> Any:
+    """Returns the function of query, key, value and dO under `jax.jit`: out, dQ, dK and dV."""
+    block_mask = case.block_mask()
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+        return block_sparse_attention(
+            query, key, value, block_mask, is_causal=True, implementation=implementation
+        )
+
+    @jax.jit
+    def both(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        *inputs, d_out = arrays
+        out, pull = jax.vjp(attend, *inputs)
+        return out, *pull(d_out)
+
+    return both
 
 
 def check_block_max(parent: Parent, implementation: str, case: dict[str, Any]) -> None:
@@ -324,12 +330,12 @@ def errors(parent: Parent, implementation: str, case: dict[str, Any]) -> None:
     """Measures the errors of float32 against float64 on the device."""
     size = Case(**case)
     arrays = size.arrays()
-    ready = contenders.ours(size, arrays, implementation)
-    with parent.turn():
-        results = ready.results()
-        with jax.enable_x64(True):
-            expected = truth.expected(size, arrays, jnp.float64)
-            found = truth.errors(size, results, expected)
+    group = truth.first_group(size, arrays)
+    run = _both(size, implementation).lower(*arrays).compile(_UNTUNED)
+    with jax.enable_x64(True):
+        program = truth.program(size, jnp.float64).lower(*group).compile(_UNTUNED)
+        with parent.turn():
+            found = truth.errors(size, run(*arrays), program(*group))
     parent.row(kind="float32", implementation=implementation, case=case, errors=found)
 
 

@@ -69,7 +69,7 @@ def attention(rows: list[Row], ceiling: float | None) -> list[list[str]]:
                 str(_block(row)),
                 f"{_density(row):g}",
                 row["pass"],
-                row["contender"],
+                row["contender"] + ("" if row.get("is_checked", True) else " (not checked)"),
                 f"{row['ms']:.3g}",
                 f"{row['ms_min']:.3g} to {row['ms_max']:.3g}",
                 f"{row['tflops']:.3g}",

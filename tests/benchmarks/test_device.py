@@ -190,6 +190,8 @@ def test_table_of_attention(device):
         for name, own in ms.items()
     ]
     _, *body = tables.attention(rows, 800.0)
+    rows[-1]["is_checked"] = False
+    assert tables.attention(rows, 800.0)[-1][3] == "mosaic_gpu (not checked)"
     assert body[-1] == ["64", "0.5", "forward", "mosaic_gpu", "2", "2 to 3", "300", "38 %"] + [
         "4.00x",
         "3.00x",
