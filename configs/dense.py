@@ -3,7 +3,7 @@
     python train.py --config=configs/dense.py:tiny --workdir=/tmp/dense
 
 tiny: 0.1 M parameters, seconds on a CPU, for tests.
-small: 125 M parameters as GPT-2 small, 8k tokens, one GPU or TPU chip.
+small: 124 M parameters as GPT-2 small, 8k tokens, one GPU or TPU chip.
 paper: 1.3 B parameters, 8k tokens, a TPU pod slice or 8 GPUs.
 """
 

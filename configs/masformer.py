@@ -3,8 +3,8 @@
     python train.py --config=configs/masformer.py:tiny --workdir=/tmp/masformer
 
 tiny: 0.1 M parameters, seconds on a CPU, for tests.
-small: the dense baseline's 125 M, 8k tokens, 2 of 12 layers full, blocks of 1024.
-paper: GPT-Neo 1.3B's blocks at 8k tokens, 4 of 24 layers full, blocks of 1024: 27 % of
+small: the dense baseline's 124 M, 8k tokens, 2 of 12 layers full, blocks of 1024.
+paper: the blocks of GPT-Neo 1.3 B at 8k tokens, 4 of 24 layers full, blocks of 1024: 27 % of
   dense attention's pairs.
 """
 

@@ -3,8 +3,8 @@
     python train.py --config=configs/s2.py:tiny --workdir=/tmp/s2
 
 tiny: 0.1 M parameters, seconds on a CPU, for tests.
-small: the dense baseline's 125 M, 8k tokens, blocks of 64, 4 local, every 16th a stripe.
-paper: Phi-3-small's 7 B: 32 query and 8 key/value heads, 1024 local tokens, stride 8,
+small: the dense baseline's 124 M, 8k tokens, blocks of 64, 4 local, every 16th a stripe.
+paper: Phi-3-small's 7.4 B: 32 query and 8 key/value heads, 1024 local tokens, stride 8,
   phases by query head shifted by one, every second layer dense; 8k tokens, a TPU pod slice.
 """
 
@@ -28,6 +28,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     }[size]
     config.attention = registry.method_config("attention", "s2", **options)
     if size == "paper":
+        config.model.vocab_size = 100_352
         config.model.num_layers = 32
         config.model.embed_dim = 4096
         config.model.num_heads = 32

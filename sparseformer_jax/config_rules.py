@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from sparseformer_jax.checks import ConfigError, check_choice
 from sparseformer_jax.config_ranges import check_ranges
 
-_DTYPES = ("float32", "bfloat16", "float16")
+# No float16: gradients fall below its smallest number unless the loss is scaled.
+_DTYPES = ("float32", "bfloat16")
 
 # Every other name in jax.checkpoint_policies is a factory that takes arguments.
 REMAT_POLICIES = (

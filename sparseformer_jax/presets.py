@@ -9,8 +9,9 @@ from sparseformer_jax.checks import check_choice
 def baseline(size: str) -> ConfigDict:
     """Returns the dense baseline of a size, whose attention a method's config replaces.
 
-    "tiny": 0.1 M parameters for tests on a CPU; "small": 125 M, 8k tokens, one GPU or TPU
-    chip; "paper": 1.3 B, 8k tokens, a TPU pod slice or 8 GPUs.
+    "tiny": 0.1 M parameters and a vocabulary of bytes, for tests on a CPU; "small": 124 M, 8k
+    tokens, one GPU or TPU chip; "paper": 1.3 B, 8k tokens, a TPU pod slice or 8 GPUs. The
+    last two have the vocabulary of GPT-2's tokenizer, to be given as `data.tokenizer`.
 
     Raises:
       ValueError: the size is another.
@@ -38,6 +39,7 @@ def _tiny(config: ConfigDict) -> None:
 
 
 def _small(config: ConfigDict) -> None:
+    config.model.vocab_size = 50_304  # GPT-2's 50,257, filled up to a multiple of 128
     config.model.num_layers = 12
     config.model.embed_dim = 768
     config.model.num_heads = 12

@@ -54,6 +54,7 @@ def test_devices_and_processes_are_jaxs_by_default():
         ({"model__norm": "rmsnrom"}, "model.norm='rmsnrom': not one of rmsnorm, layernorm; did you mean rmsnorm?"),
         ({"model__remat": "dots"}, "model.remat='dots': not one of none, full, everything_saveable"),
         ({"model__compute_dtype": "bf16"}, "model.compute_dtype='bf16': not one of float32, bfloat16"),
+        ({"model__compute_dtype": "float16"}, "model.compute_dtype='float16': not one of float32, bfloat16; did you mean bfloat16?"),
         ({"model__num_layers": 0}, "model.num_layers=0: must be from 1 to 10,000"),
         ({"model__attention_soft_cap": -1.0}, "model.attention_soft_cap=-1.0: must be from 0.01 to"),
         ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm=-1.0: must be from 0 to"),

@@ -1,5 +1,6 @@
 """Every config of the repository is valid, and trains at its tiny size."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from sparseformer_jax import config_flags
 from sparseformer_jax.config import from_json, to_json, validate
 from sparseformer_jax.training import loop
+from sparseformer_jax.training.state import ModelDef
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = [path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("default", "quickstart")]
@@ -24,6 +26,28 @@ def test_every_size_is_valid(method, size):
     validate(config, num_devices=8)
     assert to_json(from_json(to_json(config))) == to_json(config)
     assert config.attention.name == method
+
+
+@pytest.mark.parametrize(
+    ("argument", "unit", "count"),
+    [
+        ("dense.py:tiny", 1e6, "0.1 M"),
+        ("dense.py:small", 1e6, "124 M"),
+        ("dense.py:paper", 1e9, "1.3 B"),
+        ("masformer.py:small", 1e6, "124 M"),
+        ("masformer.py:paper", 1e9, "1.3 B"),
+        ("s2.py:small", 1e6, "124 M"),
+        ("s2.py:paper", 1e9, "7.4 B"),
+    ],
+)
+def test_a_size_has_the_parameters_it_is_said_to_have(argument, unit, count):
+    """With a vocabulary of its size: one of bytes leaves a third of them out."""
+    name, size = argument.split(":")
+    said = re.search(rf"^{size}: .*", (CONFIGS / name).read_text(), re.MULTILINE)
+    assert count in said[0]
+    parameters = sum(v.size for v in ModelDef(load(argument)).params.values())
+    digits = len(count.split()[0].partition(".")[2])
+    assert f"{parameters / unit:.{digits}f}" == count.split()[0]
 
 
 @pytest.mark.parametrize("method", ["s2", "masformer", "dense"])

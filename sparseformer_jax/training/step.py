@@ -25,6 +25,10 @@ def make_train_step(
 
         sum_i w_i (nll_i + z_loss log(Z_i)^2) / sum_i w_i + auxiliary losses
 
+    Auxiliary losses and diagnostics are means over a piece; each piece counts by its share of
+    the weights. Gradients add up, are measured, clipped and applied in float32, whatever
+    the dtypes of parameters and optimiser state.
+
     Metrics are scalars, but for "nonfinite": parameter name -> whether its gradient, or the
     square of its new value, is, for each layer that is stacked in it. Norms are global, over
     the trainable parameters: "grad_norm" before clipping, "update_norm" of what is added,
@@ -40,10 +44,10 @@ def make_train_step(
         model = model_def.model({**state.params, **trainable}, state.variables, state.step)
         output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
         nll, log_z2 = cross_entropy(model, output.hidden, batch["targets"], batch["weights"])
-        auxiliary = {name: v / train.accumulation_steps for name, v in output.losses.items()}
+        share = jnp.sum(batch["weights"]) / total
+        auxiliary = {name: share * value for name, value in output.losses.items()}
         loss = (nll + train.z_loss * log_z2) / total + sum(auxiliary.values())
-        reports = {name: jnp.mean(v) for name, v in output.diagnostics.items()}
-        reports = {name: v / train.accumulation_steps for name, v in reports.items()}
+        reports = {name: share * jnp.mean(value) for name, value in output.diagnostics.items()}
         return loss, {"loss": nll / total, "total_loss": loss, **auxiliary, **reports}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -53,7 +57,7 @@ def make_train_step(
 
         def gradients(piece: Batch, rng: jax.Array) -> tuple[Params, Metrics]:
             grad = jax.grad(piece_loss, has_aux=True)
-            return grad(trainable, state, piece, rng, total)
+            return _in_float32(grad(trainable, state, piece, rng, total))
 
         grads, metrics = _accumulate(gradients, batch, rng)
         grad_squares = _squares(model_def, grads)
@@ -112,7 +116,7 @@ def _clip(grads: Params, norm: jax.Array, limit: float) -> Params:
     if not limit:
         return grads
     factor = limit / jnp.maximum(norm, limit)
-    return {name: (g * factor).astype(g.dtype) for name, g in grads.items()}
+    return {name: g * factor for name, g in grads.items()}
 
 
 def _update(
@@ -121,8 +125,23 @@ def _update(
     opt_state: optax.OptState,
     params: Params,
 ) -> tuple[Params, optax.OptState]:
-    """Runs the optimiser with the partitioner in charge: Muon's products cross shards."""
+    """Runs the optimiser with the partitioner in charge: Muon's products cross shards.
+
+    It computes in float32; its state keeps its dtypes.
+    """
+
+    def update(*arguments: Any) -> tuple[Params, optax.OptState]:
+        updates, state = optimizer.update(*_in_float32(arguments))
+        return updates, jax.tree.map(lambda x, old: x.astype(old.dtype), state, opt_state)
+
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (params, opt_state))
-    return jax.sharding.auto_axes(optimizer.update, out_sharding=shardings)(
-        grads, opt_state, params
-    )
+    return jax.sharding.auto_axes(update, out_sharding=shardings)(grads, opt_state, params)
+
+
+def _in_float32(tree: Any) -> Any:
+    """The tree with its floating-point arrays in float32."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, tree)

@@ -5,17 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseformer_jax import data, mesh, presets
+from sparseformer_jax import data, mesh, presets, registry
 from sparseformer_jax.evaluation.perplexity import Evaluator
 from sparseformer_jax.training.state import ModelDef, TrainState
 
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "train.txt").write_text("spam " * 40)
-    (tmp_path / "validation.txt").write_text("the quick brown fox, żółć! " * 9)
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "train.txt").write_text("spam " * 40)
+    (text / "validation.txt").write_text("the quick brown fox, żółć! " * 9)
     config = presets.baseline("tiny")
-    config.data.files = (str(tmp_path),)
+    config.data.files = (str(text),)
     config.data.seq_len = 32
     config.eval.batch_size = 3
     config.eval.num_batches = 0
@@ -56,3 +58,45 @@ def test_parts_of_a_split(config):
         state = TrainState(0, *model_def.init(jax.random.key(0)))
         results = Evaluator(config, model_def, corpus)(state)
     assert results["tokens"] == 3 * 32
+
+
+VARYING = '''
+"""Dense attention whose density is a number that depends on the tokens."""
+
+import jax.numpy as jnp
+
+from sparseformer_jax.attention import dense
+from sparseformer_jax.attention.base import AttentionOutput
+from sparseformer_jax.attention.dense import Options as Options
+
+
+class Method(dense.Method):
+    def attend(self, *arguments):
+        output = super().attend(*arguments).output
+        return AttentionOutput(output, {}, {"density": jnp.mean(jnp.abs(output))})
+'''
+
+
+def test_density_is_a_mean_over_tokens(config, add_attention):
+    """The last batch has fewer of them than the others."""
+    add_attention("varying", VARYING)
+    config.attention = registry.method_config("attention", "varying")
+    corpus = data.load_corpus(config.data, "validation", data.make_tokenizer(config.data))
+    batches = data.eval_batches(
+        corpus, seq_len=32, batch_size=3, num_batches=0, process_index=0, process_count=1
+    )
+    tokens, densities = [], []
+    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
+        model_def = ModelDef(config)
+        params, variables = model_def.init(jax.random.key(0))
+        state = TrainState(jnp.int32(0), params, variables)
+        results = Evaluator(config, model_def, corpus)(state)
+    model = model_def.model(jax.tree.map(jnp.asarray, jax.device_get(params)), {}, 0)
+    for batch in batches:
+        inputs = (jnp.asarray(batch[name]) for name in ("inputs", "positions", "segment_ids"))
+        densities.append(float(model(*inputs).diagnostics["density"].mean()))
+        tokens.append(batch["weights"].sum())
+    assert tokens[-1] < tokens[0]
+    expected = np.average(densities, weights=tokens)
+    assert abs(np.mean(densities) / expected - 1) > 1e-3
+    np.testing.assert_allclose(results["density"], expected, rtol=1e-5)

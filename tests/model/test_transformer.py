@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from sparseformer_jax.attention import dense, masformer
-from sparseformer_jax.model.transformer import Transformer
+from sparseformer_jax.attention.base import AttentionOutput
+from sparseformer_jax.model.transformer import Block, Transformer
 from tests.model import reference
 from tests.model.harness import (
     assert_close,
@@ -130,6 +131,21 @@ def test_diagnostics_come_in_layer_order():
     densities = run(model, jnp.zeros((1, 9), jnp.int32)).diagnostics["density"]
     assert sparse < 0.5
     assert_close(densities, jnp.asarray([sparse, 1, sparse, sparse, 1, sparse]), 1e-6)
+
+
+def test_attention_and_mlp_drop_different_entries():
+    """With both adding 1 to nothing, 1 / keep = 2 is left where one of them is dropped."""
+    block = Block(small_config(dropout=0.5), dense.Method, dense.Options(), rngs=nnx.Rngs(0))
+    zeros, positions = jnp.zeros((4, 50, 20)), jnp.zeros((4, 50), jnp.int32)
+
+    def ones(*arguments, **options):
+        return jnp.ones_like(zeros)
+
+    block.attention = lambda *arguments, **options: AttentionOutput(ones())
+    block.mlp = ones
+    added, _ = block(zeros, positions, None, jax.random.key(0))
+    fractions = [float(jnp.mean(added == value)) for value in (0, 2, 4)]
+    np.testing.assert_allclose(fractions, [0.25, 0.5, 0.25], atol=0.05)
 
 
 @pytest.mark.parametrize("softmax_dtype", ["float32", "bfloat16"])

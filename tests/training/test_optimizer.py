@@ -83,3 +83,33 @@ def test_muon_orthogonalises_every_layer_by_itself(config, variables):
     adam = optax.adamw(config.optimizer.learning_rate, b1=0.9, b2=0.95, weight_decay=0.0)
     expected, _ = adam.update(grads[table], adam.init(params[table]), params[table])
     np.testing.assert_allclose(updates[table], expected, rtol=1e-5)
+
+
+def newton_schulz(x):
+    """Five steps of Jordan et al. 2024, written out for one matrix, in float64."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+def test_muon_orthogonalises_the_nesterov_momentum(config, variables):
+    """Over three unlike gradients, with bias corrections as optax has them, and decay."""
+    config.optimizer.update(name="muon", schedule="constant", warmup_steps=0)
+    config.optimizer.update(momentum=0.8, weight_decay=0.5)
+    beta, rate = config.optimizer.momentum, config.optimizer.learning_rate
+    optimizer = make_optimizer(config.optimizer, 10, variables)
+    params = {name: jnp.full(v.shape, 0.25) for name, v in variables.items()}
+    name = "stacks/0/unit/0/mlp/up/kernel"
+    draws = np.random.default_rng(0).standard_normal((3, *params[name].shape))
+    state, mean = optimizer.init(params), np.zeros(params[name].shape)
+    for count, grad in enumerate(draws, 1):
+        grads = {n: jnp.asarray(grad, jnp.float32) if n == name else x for n, x in params.items()}
+        updates, state = jax.jit(optimizer.update)(grads, state, params)
+        mean = beta * mean + (1 - beta) * grad
+        ahead = beta * mean / (1 - beta ** (count + 1)) + (1 - beta) * grad / (1 - beta**count)
+        size = 0.2 * np.sqrt(max(grad.shape[-2:]))
+        expected = [-rate * (size * newton_schulz(layer) + 0.5 * 0.25) for layer in ahead]
+        np.testing.assert_allclose(updates[name], expected, atol=1e-4 * rate * size)
