@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -26,6 +25,9 @@ def validate(
     The number of devices and processes are JAX's unless given. Raises ConfigError
     with one line, `field=value: what is wrong; the nearest name or the fix`.
     """
+    # Late: a mistyped flag of a saved config is told without it.
+    import jax
+
     num_devices = jax.device_count() if num_devices is None else num_devices
     num_processes = jax.process_count() if num_processes is None else num_processes
     _check_structure(config, default_config.get_config(), prefix="")
