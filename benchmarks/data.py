@@ -47,8 +47,8 @@ def main() -> None:
         folder = Path(name)
         size = write_text(folder / "text", args.source, int(args.gigabytes * 1e9))
         print(f"{size / 1e9:.2f} GB of documents\n")
-        print("| tokens | start | seconds | MB/s | peak memory MB | cache MB |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print("| tokens | start | seconds | CPU seconds | MB/s | peak memory MB | cache MB |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
         for tokenizer in ("bytes", learn_tokenizer(folder)):
             measure(folder, tokenizer, size)
 
@@ -65,7 +65,8 @@ def measure(folder: Path, tokenizer: str, size: int) -> None:
         speed = f"{size / found['seconds'] / 1e6:.0f}" if name == "first" else ""
         kind = "bytes" if tokenizer == "bytes" else f"BPE, {VOCABULARY}"
         print(
-            f"| {kind} | {name} | {found['seconds']:.1f} | {speed} |"
+            f"| {kind} | {name} | {found['seconds']:.2f} |"
+            f" {found['cpu_seconds']:.2f} | {speed} |"
             f" {found['peak'] / 1e6:.0f} | {cached / 1e6:.0f} |",
             flush=True,
         )
@@ -80,14 +81,15 @@ def start(settings: dict[str, Any]) -> dict[str, float]:
     config.files = tuple(config.files)
     if config.tokenizer != "bytes":
         config.bos_token = config.eos_token = ""
-    begin = time.perf_counter()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     tokenizer = data.make_tokenizer(config)
     for split in ("train", "validation"):
         data.load_corpus(config, split, tokenizer)
     seconds = time.perf_counter() - begin
+    cpu_seconds = time.process_time() - begin_cpu
     status = Path("/proc/self/status").read_text()
     (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", status)
-    return {"seconds": seconds, "peak": int(peak) * 1024}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": int(peak) * 1024}
 
 
 def write_text(folder: Path, source: list[str], size: int) -> int:

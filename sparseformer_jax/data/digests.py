@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -71,18 +72,22 @@ def hash_files(paths: Iterable[Path], index: Path) -> dict[Path, Hashed]:
 
 def _hash(stamps: Mapping[Path, Stamp]) -> dict[Path, Hashed]:
     total = sum(each.size for each in stamps.values())
+    stop = threading.Event()
     with byte_bar("hashing", total) as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(lambda path: _digest(path, bar), stamps)
-        return {
-            path: Hashed(stamps[path], digest) for path, digest in zip(stamps, digests, strict=True)
-        }
+        try:
+            digests = list(pool.map(lambda path: _digest(path, bar, stop), stamps))
+        finally:
+            stop.set()  # an error or Ctrl-C does not wait for the other files
+    return {
+        path: Hashed(stamps[path], digest) for path, digest in zip(stamps, digests, strict=True)
+    }
 
 
-def _digest(path: Path, bar: tqdm) -> str:
+def _digest(path: Path, bar: tqdm, stop: threading.Event) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as stream:
-            while block := stream.read(_BLOCK):
+            while not stop.is_set() and (block := stream.read(_BLOCK)):
                 digest.update(block)
                 bar.update(len(block))
     except OSError as error:

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import os
+import threading
 
 import pytest
 
@@ -22,7 +24,7 @@ def read(monkeypatch):
     found = []
     compute = digests._digest
     monkeypatch.setattr(
-        digests, "_digest", lambda path, bar: (found.append(path), compute(path, bar))[1]
+        digests, "_digest", lambda path, *rest: (found.append(path), compute(path, *rest))[1]
     )
     return found
 
@@ -93,6 +95,34 @@ def test_a_damaged_index_is_written_anew(files, tmp_path, read, content):
 def test_an_index_that_cannot_be_written_costs_only_time(files, tmp_path):
     (tmp_path / "file").touch()
     assert found(files, tmp_path / "file" / "index") == expected(files)
+
+
+def test_an_error_does_not_wait_for_the_other_files(files, tmp_path, monkeypatch):
+    """One file has no end; the other cannot be read."""
+
+    begun = threading.Event()
+
+    class Endless:
+        def __init__(self, path):
+            self.path = path
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self, size):
+            if self.path == files[0]:
+                begun.set()
+                return b"x"
+            begun.wait(10)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(type(files[0]), "open", lambda path, mode: Endless(path))
+    with pytest.raises(ValueError, match="b' cannot be read .Input/output error"):
+        digests._hash({path: digests.stamp(path) for path in reversed(files)})
 
 
 def test_no_such_file(tmp_path):
