@@ -131,12 +131,11 @@ def _encoded(
     documents: StoredText, title: str, tokenizer: Tokenizer
 ) -> Iterator[tuple[Piece, Int32[np.ndarray, " n"]]]:
     with byte_bar(title, documents.num_bytes) as bar:
-        for pieces in _batches(documents, _BATCH_BYTES * (os.cpu_count() or 1)):
+        for pieces in _batches(documents.pieces(bar), _BATCH_BYTES * (os.cpu_count() or 1)):
             texts = [piece.text.decode() for piece in pieces]
             for piece, ids in zip(pieces, tokenizer.encode_batch(texts), strict=True):
                 _check_ids(ids, tokenizer)
                 yield piece, ids
-                bar.update(len(piece.text))
 
 
 def _batches(pieces: Iterable[Piece], size: int) -> Iterator[list[Piece]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from jaxtyping import Int64
 from numpy import ndarray
+from tqdm import tqdm
 
 from sparseformer_jax.data.pieces import Piece, cut
 
@@ -38,10 +39,12 @@ class StoredText:
     ) -> None:
         self._examples = builder.as_data_source(split, file_format="array_record")
         self._field, self._continues = field, continues
-        self.num_bytes: int = builder.info.splits[split].num_bytes
+        # A plain number: tfds' own cannot be added to a fraction.
+        self.num_bytes = int(builder.info.splits[split].num_bytes)
         self.order = order
 
-    def __iter__(self) -> Iterator[Piece]:
+    def pieces(self, bar: tqdm | None = None) -> Iterator[Piece]:
+        """Yields the documents in pieces; moves `bar`, of `num_bytes`, as it reads."""
         count = len(self._examples)
         for start in range(0, count, _READ_AT_ONCE):
             stop = min(start + _READ_AT_ONCE, count)
@@ -49,3 +52,6 @@ class StoredText:
                 begins = not (self._continues and example[self._continues])
                 for piece in cut(io.BytesIO(example[self._field])):
                     yield Piece(piece.text, begins and piece.begins)
+            if bar is not None:
+                # As if all records were of one size: their own sizes are not told.
+                bar.update(self.num_bytes * stop // count - self.num_bytes * start // count)

@@ -15,11 +15,11 @@ def data(tmp_path):
 
 @pytest.fixture
 def joined():
-    """Joins the pieces of documents, as text."""
+    """Reads documents and joins their pieces, as text."""
 
-    def join(pieces):
+    def join(stored):
         documents = []
-        for text, begins in pieces:
+        for text, begins in stored.pieces():
             if begins:
                 documents.append(b"")
             documents[-1] += text

@@ -59,7 +59,7 @@ def test_reads_the_only_text_feature(prepare, joined):
     documents = source.documents("train")
     assert sorted(joined(documents)) == sorted(TEXTS)
     assert documents.order is None
-    assert list(documents) == list(documents)
+    assert list(documents.pieces()) == list(documents.pieces())
     with pytest.raises(ValueError, match="'small_books' has no split 'test'; it has tr"):
         source.documents("test")
 

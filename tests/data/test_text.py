@@ -121,7 +121,7 @@ def test_a_long_document_is_stored_in_pieces(data, tmp_path, splits, monkeypatch
     (tmp_path / "test.txt").write_text("x")
     data.files = (str(tmp_path),)
     assert splits(data) == {"train": [BOOK], "validation": [BOOK[:100]], "test": ["x"]}
-    assert sum(1 for _ in make_text(data).documents("train")) > len(BOOK) / 64
+    assert sum(1 for _ in make_text(data).documents("train").pieces()) > len(BOOK) / 64
 
 
 def test_files_are_read_once(many, splits, monkeypatch):
