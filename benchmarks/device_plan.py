@@ -64,7 +64,9 @@ class Sizes:
     steps: int
 
 
-_DEVICE_TESTS = ["tests/pallas_kernels/test_device.py", "-m", "device", "-n", "8"]
+# pytest-benchmark, where it is installed, warns that it will not time side by side.
+_DEVICE_TESTS = ["tests/pallas_kernels/test_device.py", "-p", "no:benchmark", "-m", "device"]
+_DEVICE_TESTS += ["-n", "8"]
 GPU = Sizes(
     matrix=8192,
     copied=2**30,

@@ -26,7 +26,7 @@ class Implementation(Protocol):
 class Reserved(Implementation, Protocol):
     """A module that may have reasons to be taken by name only."""
 
-    def reservation(self) -> str | None:
+    def reservation(self, call: Any) -> str | None:
         """Returns why it is not taken where the best one is asked for; None if it is."""
 
 
@@ -88,7 +88,7 @@ class Implementations:
             module = self.load(name)
             reason = module.refusal(call, target)
             if reason is None and implementation is None and isinstance(module, Reserved):
-                reason = module.reservation()
+                reason = module.reservation(call)
             if reason is None:
                 return Choice(name, refusals, target)
             refusals[name] = reason

@@ -48,7 +48,7 @@ def refusal(call: Call, target: Target) -> str | None:
     return _reason_to_need_a_mask(call)
 
 
-def reservation() -> str | None:
+def reservation(call: Call) -> str | None:
     """Returns why it is not taken where the best one is asked for; None if it is."""
     if re.search(_DETERMINISM, os.environ.get("XLA_FLAGS", "")):
         return None

@@ -69,6 +69,14 @@ def test_cudnn_is_taken_unasked_only_where_xla_makes_it_deterministic(monkeypatc
         assert "its gradients change from run to run" in choice.refusals["cudnn"]
 
 
+def test_float32_goes_to_a_kernel_that_keeps_its_digits():
+    choice = explained(HOPPER, SPARSE, dtype=jnp.float32)
+    assert choice.taken in ("triton", "xla")
+    assert "float32 gradients" in choice.refusals["mosaic_gpu"]
+    named = explained(HOPPER, SPARSE, dtype=jnp.float32, implementation="mosaic_gpu")
+    assert named.taken == "mosaic_gpu"
+
+
 def test_a_batch_longer_than_an_axis_of_cudas_grids_is_not_sent_to_cudnn():
     arrays = [jax.ShapeDtypeStruct((70_000, *x.shape[1:]), x.dtype) for x in shapes()]
     with targets.use(HOPPER):
