@@ -165,12 +165,10 @@ def _table(sizes: Sizes) -> list[Step]:
     first = next(iter(cases))
     truths = [Step(f"truth {name}", "truths", {"case": case}) for name, case in cases.items()]
 
-    def timed(contender: str, name: str, **options: Any) -> Step:
+    def timed(contender: str, name: str) -> Step:
         arguments = {"contender": contender, "case": cases[name], "rounds": sizes.rounds}
         after = (f"truth {name}",)
-        return Step(
-            f"time {contender} {name}", "timed", arguments | options, after=after, gpu_limit=30
-        )
+        return Step(f"time {contender} {name}", "timed", arguments, after=after, gpu_limit=30)
 
     ours, *others = sizes.kernels
     sparse = [name for name in cases if not name.endswith(" 1.0")]
@@ -183,13 +181,7 @@ def _table(sizes: Sizes) -> list[Step]:
             Step(f"lists {name}", "lists", {"implementation": ours, "case": cases[name]})
             for name in sparse
         ),
-        # Where blocks are smaller than its own tiles it measures tiles while it compiles.
-        *(
-            dataclasses.replace(
-                timed("flex", name, compile_on_gpu=case["block_size"] < 128), gpu_limit=90
-            )
-            for name, case in reversed(cases.items())
-        ),
+        *(timed("flex", name) for name in cases),
     ]
 
 

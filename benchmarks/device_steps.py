@@ -189,25 +189,13 @@ def truths(parent: Parent, case: dict[str, Any]) -> None:
         np.savez(_truth_file(size), *map(np.asarray, program(*group)))
 
 
-def timed(
-    parent: Parent,
-    contender: str,
-    case: dict[str, Any],
-    rounds: int,
-    compile_on_gpu: bool = False,
-) -> None:
+def timed(parent: Parent, contender: str, case: dict[str, Any], rounds: int) -> None:
     """Times forward and backward of a contender, after comparing them with the truth."""
     size = Case(**case)
     method = contenders.BASELINES.get(contender)
     if method is None:
         method = functools.partial(contenders.ours, implementation=contender)
-    arrays = size.arrays()
-    if compile_on_gpu:
-        with parent.turn():
-            ready = method(size, arrays)
-            _time(parent, contender, size, ready, rounds)
-        return
-    ready = method(size, arrays)
+    ready = method(size, size.arrays())
     with parent.turn():
         _time(parent, contender, size, ready, rounds)
 

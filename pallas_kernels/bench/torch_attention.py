@@ -1,13 +1,16 @@
 """PyTorch's attention, dense and with a block mask, on its best device."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import torch
 from jaxtyping import Array
 from torch._functorch import config as functorch_config
+from torch._inductor.choices import InductorChoices
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from pallas_kernels.bench.cases import Case
@@ -34,16 +37,18 @@ def flex(case: Case, arrays: tuple[Array, ...]) -> Prepared:
         raise Unavailable("FlexAttention on a CPU is compared in float32 only")
     # The backward pass runs many times on what one forward pass saved.
     functorch_config.donated_buffer = False
-    # Its own tiles for a Hopper GPU are 128 wide, and it refuses a mask with smaller
-    # blocks: forward, unless it is told tiles that fit; backward, unless it may choose.
-    is_finer = _DEVICE == "cuda" and case.block_size < 128
-    tile = min(64, case.block_size)
-    compiled = torch.compile(flex_attention, options={"max_autotune": True} if is_finer else None)
+    # Its own tiles for a Hopper GPU are 128 wide, and it refuses a mask with finer blocks.
+    # Forward it can be told others; backward they are a choice of the compiler.
+    options = None
+    if _DEVICE == "cuda" and case.block_size < 128:
+        tile = min(64, case.block_size)
+        options = {"BLOCK_M": tile, "BLOCK_N": tile, "num_warps": 4}
+        _use_backward_tiles(tile)
     attend = functools.partial(
-        compiled,
+        torch.compile(flex_attention),
         block_mask=_block_mask(case),
         enable_gqa=case.heads != case.kv_heads,
-        kernel_options={"BLOCK_M": tile, "BLOCK_N": tile} if is_finer else None,
+        kernel_options=options,
     )
 
     # FlexAttention's backward pass exists on GPUs alone.
@@ -52,6 +57,21 @@ def flex(case: Case, arrays: tuple[Array, ...]) -> Prepared:
     prepared.results()
     prepared.forward(1)
     return prepared
+
+
+def _use_backward_tiles(tile: int) -> None:
+    """Has the compiler take square tiles in FlexAttention's backward pass.
+
+    Its settings would be those of one thread, and backward passes compile in another.
+    """
+    choose = InductorChoices.get_flex_attention_bwd_configs
+
+    def configs(self: InductorChoices, *args: Any, **kwargs: Any) -> list[Any]:
+        own, *_ = choose(self, *args, **kwargs)
+        tiles = dict.fromkeys(("block_m1", "block_n1", "block_m2", "block_n2"), tile)
+        return [dataclasses.replace(own, **tiles, num_warps=4)]
+
+    InductorChoices.get_flex_attention_bwd_configs = configs
 
 
 def _block_mask(case: Case) -> BlockMask:
