@@ -134,8 +134,8 @@ def _train(own: flags.FlagValues, argv: list[str]) -> None:
 
         if not own.ignore_memory_estimate:
             memory.check(config)
-        accept = own.accept_changed_config
-        loop.train(config, own.workdir, step=own.step, accept_changed_config=accept)
+        accept, workdir = own.accept_changed_config, pathlib.Path(own.workdir)
+        loop.train(config, workdir, step=own.step, accept_changed_config=accept)
 
 
 def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
@@ -210,6 +210,10 @@ def _run(
     except (ConfigError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a file that cannot be read or written
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -237,7 +241,7 @@ def _saved(workdir: str) -> ConfigDict:
     if not file.is_file():
         raise ConfigError(f"--workdir={workdir}: has no config.json; pass --config")
     try:
-        return completed(from_json(file.read_text()))
+        return completed(from_json(file.read_bytes()))
     except ValueError as error:
         raise ConfigError(
             f"{file}: {error}; pass --config, or train on: it is written anew"

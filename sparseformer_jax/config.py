@@ -67,7 +67,7 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(_encode(config), indent=2)
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str | bytes) -> ConfigDict:
     """Returns the config that `to_json` wrote: same keys, types, tuples and Nones.
 
     Raises:

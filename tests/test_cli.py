@@ -1,6 +1,7 @@
 """The command line teaches, overrides, and tells every mistake in one line."""
 
 import json
+import pathlib
 import subprocess
 import sys
 import types
@@ -95,7 +96,7 @@ def test_overrides_reach_training(calls):
         ]
     )
     ((given, workdir, step, accept),) = calls
-    assert (workdir, step, accept) == ("/tmp/x", None, True)
+    assert (workdir, step, accept) == (pathlib.Path("/tmp/x"), None, True)
     assert config.diff(default_config.get_config(), given) == {
         "data.files": "() -> ('a', 'b/*.txt')",
         "data.shuffle": "True -> False",

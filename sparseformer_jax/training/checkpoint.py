@@ -5,12 +5,13 @@ The only file that knows orbax.
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import absl.logging
 import jax
-from absl import logging
 from orbax.checkpoint.experimental import v1 as ocp
 
 from sparseformer_jax.checks import ConfigError
@@ -38,6 +39,8 @@ class Meta:
 class Checkpoints:
     """The checkpoints of a run; a context manager that waits for writes at its end.
 
+    Meanwhile orbax logs nothing: its threads tell each failure once more than once.
+
     Args:
       workdir: of the run; they lie in its folder `checkpoints`, one folder a step.
       keep_last: how many of the newest stay; None: only read, leave everything as it is.
@@ -49,6 +52,7 @@ class Checkpoints:
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
         self.directory = workdir.absolute() / "checkpoints"
+        absl.logging.get_absl_logger().addFilter(_is_not_of_orbax)
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -61,7 +65,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._checkpointer.close()
+        try:
+            with self._writing():
+                self._checkpointer.close()
+        finally:
+            absl.logging.get_absl_logger().removeFilter(_is_not_of_orbax)
 
     @property
     def latest_step(self) -> int | None:
@@ -77,11 +85,17 @@ class Checkpoints:
         """Starts writing a checkpoint; returns when the arrays may be changed."""
         if step != self.latest_step:
             items = {"state": state, "meta": dataclasses.asdict(meta)}
-            self._checkpointer.save_checkpointables_async(step, items)
+            with self._writing():
+                self._checkpointer.save_checkpointables_async(step, items)
 
     def wait(self) -> None:
-        """Returns when all checkpoints are on disk; raises what went wrong in writing."""
-        self._checkpointer.wait()
+        """Returns when all checkpoints are on disk.
+
+        Raises:
+          ConfigError: one could not be written, as on a full disk.
+        """
+        with self._writing():
+            self._checkpointer.wait()
 
     def restore(self, step: int, abstract: Tree) -> Tree:
         """Returns the state of a step in the shapes, dtypes and shardings asked for.
@@ -125,9 +139,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _one_line(self, step: int) -> Iterator[None]:
-        """Tells in one line why a checkpoint cannot be read, without orbax' log of it."""
-        logger = logging.get_absl_logger()
-        was_disabled, logger.disabled = logger.disabled, True
+        """Tells in one line why a checkpoint cannot be read."""
         try:
             yield
         except (ValueError, KeyError, OSError) as error:
@@ -135,8 +147,17 @@ class Checkpoints:
                 f"checkpoint {step} in {self.directory} is damaged or does not fit the config: "
                 f"{_cause(error)}{self._others(step)}"
             ) from error
-        finally:
-            logger.disabled = was_disabled
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tells in one line why a checkpoint cannot be written; the ones before it stay."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ConfigError(
+                f"a checkpoint cannot be written to {self.directory}: {_cause(error)}; make room, "
+                "then the same command resumes from the last whole one"
+            ) from error
 
     def _others(self, step: int) -> str:
         others = [other for other in self._steps() if other != step]
@@ -150,6 +171,10 @@ class Checkpoints:
             raise ConfigError(
                 f"no checkpoint of step {step} in {self.directory}; there are {self._steps()}"
             )
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
 
 
 def _require_arrays(state: Any) -> None:

@@ -69,7 +69,6 @@ def train(
       NonFiniteError: a loss, gradient or parameter is not finite; the last good checkpoint
         stays.
     """
-    workdir = Path(workdir)
     make_folder(workdir)
     device_mesh = mesh.make_mesh(config_lib.resolve_mesh(config.mesh, jax.device_count()))
     with Preemption() as preemption:

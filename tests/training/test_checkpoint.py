@@ -1,5 +1,6 @@
 """Checkpoints: what stays, what comes back, on another mesh, and what is refused."""
 
+import resource
 import subprocess
 import sys
 
@@ -63,6 +64,28 @@ def test_what_does_not_fit_or_is_not_there_is_one_line(tmp_path):
             assert difference in str(error.value).split("does not fit the config:")[1]
         with pytest.raises(ConfigError, match=r"no checkpoint of step 3 .* there are \[2\]"):
             checkpoints.meta(3)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capfd):
+    """A limit on the size of files stands for it; orbax' threads are quiet."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).normal(size=300_000)
+    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(2, {"w": jnp.ones(4)}, META)
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        checkpoints.save(3, {"w": jnp.asarray(noise)}, META)
+        with pytest.raises(ConfigError, match="cannot be written to .*; make room") as error:
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        checkpoints.__exit__()
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 2
+        assert checkpoints.meta(2) == META
 
 
 READ = """
