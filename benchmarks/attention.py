@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pallas_kernels.bench.timing import device, median_ms, table
 from sparseformer_jax import registry
-from sparseformer_jax.attention.base import Shard
+from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.model.config import ModelConfig
 
 try:
@@ -133,7 +133,7 @@ def forward_of(
     options = module.Options(**OPTIONS[method], implementation=implementation)
     attention = module.Method(config, options, rngs=nnx.Rngs(0))
     shard = Shard(num_heads=heads)
-    return lambda q, k, v: attention.attend(q, k, v, None, shard, None).output
+    return lambda q, k, v: attention.attend(Inputs(q, k, v), shard).output
 
 
 def both_of(forward: Callable[..., jax.Array]) -> Callable[..., Arrays]:

@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     model.remat = "none"  # "none" | "full" | a name in jax.checkpoint_policies
     model.param_dtype = "float32"
     model.compute_dtype = "float32"  # "bfloat16" on TPU and GPU
-    model.softmax_dtype = "float32"  # of attention weights and of the loss
+    model.softmax_dtype = "float32"  # of output logits; attention's is always float32
 
     config.attention = attention = ConfigDict()
     attention.name = "dense"  # a module of sparseformer_jax/attention

@@ -21,7 +21,7 @@ from sparseformer_jax.config_ranges import check_option
 KINDS = ("attention",)
 
 # What the methods of a folder share; not a method.
-_SHARED_MODULES = ("base",)
+_SHARED_MODULES = ("base", "inputs")
 
 
 def names(kind: str) -> tuple[str, ...]:

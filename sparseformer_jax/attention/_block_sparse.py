@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from pallas_kernels import BlockMask, block_sparse_attention
 from pallas_kernels.block_sparse_attention.selection import IMPLEMENTATIONS
 from pallas_kernels.rules import Rule
 from pallas_kernels.selection import CannotRun
-from sparseformer_jax.attention.base import Attention, AttentionOutput, SegmentIds, Shard
+from sparseformer_jax.attention.base import Attention, AttentionOutput
+from sparseformer_jax.attention.inputs import Inputs, SegmentIds, Shard
 from sparseformer_jax.checks import ConfigError
 
 
@@ -54,18 +54,11 @@ class BlockSparseAttention(Attention):
         full = seq_len * (seq_len + 1) // 2 if self.config.is_causal else seq_len**2
         return float((attended * listed).sum() / (len(mask.kv_counts) * full))
 
-    def attend(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        segment_ids: SegmentIds | None,
-        shard: Shard,
-        rng: jax.Array | None,
-    ) -> AttentionOutput:
+    def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns attention over the active blocks, with the density of the pattern."""
+        query, key, value = inputs.query, inputs.key, inputs.value
         block_mask = self._local_mask(query.shape[1], key.shape[1], query.shape[2], shard)
-        output = self._attend_blocks(query, key, value, block_mask, segment_ids)
+        output = self._attend_blocks(query, key, value, block_mask, inputs.segment_ids)
         return AttentionOutput(output, diagnostics=self._diagnostics(key.shape[1]))
 
     def _attend_blocks(

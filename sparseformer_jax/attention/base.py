@@ -5,20 +5,27 @@ A method subclasses `Attention` and overrides `attend`, which sees local arrays 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from sparseformer_jax import mesh
+from sparseformer_jax.attention.inputs import (
+    ON_DEMAND,
+    Inputs,
+    Noise,
+    Shard,
+    local_noise,
+    local_shard,
+    partition,
+)
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.layers import Norm, Projection, residual_scale, rotary
 from sparseformer_jax.model.read_only import read_only
-
-# Segments of queries [B, T] and keys [B, S]; a query sees its own segment only.
-SegmentIds = tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
 
 @jax.tree_util.register_dataclass
@@ -38,30 +45,26 @@ class AttentionOutput:
     diagnostics: Any = dataclasses.field(default_factory=dict)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Where the local arrays of `attend` lie in the whole sequence and among all heads.
-
-    Attributes:
-      query_offset: position of the first local query; keys always start at 0.
-      head_offset: index of the first local query head.
-      num_heads: query heads in all shards together.
-    """
-
-    query_offset: Any = 0
-    head_offset: Any = 0
-    num_heads: int = dataclasses.field(default=0, metadata={"static": True})
-
-
 class Attention(nnx.Module):
     """Attention with grouped queries; a subclass says which keys each query attends to.
 
     A method overrides `attend` and `density`; `layer_kinds` if its layers differ.
     Parameters of its own are made after `super().__init__` and named with logical axes.
+
+    Attributes:
+      needs: what `attend` reads of `inputs.ON_DEMAND`; the rest is not handed over.
+
+    Raises:
+      ValueError: `needs` names anything else.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset()
+
     def __init__(self, config: ModelConfig, options: Any, *, rngs: nnx.Rngs) -> None:
+        if not self.needs <= ON_DEMAND:
+            raise ValueError(
+                f"{type(self).__name__}.needs={sorted(self.needs)}: take from {sorted(ON_DEMAND)}"
+            )
         self.config = config
         self.options = options
         heads = (config.num_heads, config.head_dim)
@@ -94,27 +97,15 @@ class Attention(nnx.Module):
         """Returns the attended fraction of the (causal) query-key pairs of a sequence."""
         raise NotImplementedError
 
-    def attend(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        segment_ids: SegmentIds | None,
-        shard: Shard,
-        rng: Key[Array, ""] | None,
-    ) -> AttentionOutput:
+    def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns the attended values [B, T, N, H] of the local queries.
 
         Losses and diagnostics are means over the local tokens and heads, so that their
         mean over devices is that of the whole batch.
 
         Args:
-          query: local queries, rotated.
-          key: keys of the whole sequence, S >= T, for the local heads.
-          value: their values.
-          segment_ids: of queries and keys; a query sees its own segment only. None: all.
-          shard: where the local queries lie.
-          rng: randomness for training, None in evaluation.
+          inputs: what this device sees of the layer.
+          shard: where that lies in the whole.
         """
         raise NotImplementedError
 
@@ -124,6 +115,7 @@ class Attention(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         *,
+        step: Any = 0,
         rng: Key[Array, ""] | None = None,
     ) -> AttentionOutput:
         """Returns attention over x, projected back to the residual stream.
@@ -132,69 +124,63 @@ class Attention(nnx.Module):
           x: normalised residual stream.
           positions: of each token in its document, for the rotary embedding.
           segment_ids: document of each token; attention stays inside. None: one.
+          step: of training, a scalar, for what follows a schedule.
           rng: randomness for training, None in evaluation.
         """
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if self.config.position == "rope":
-            query = rotary(query, positions, self.config.rope_theta)
-            key = rotary(key, positions, self.config.rope_theta)
+        inputs = self._inputs(x, positions, segment_ids, step)
         if mesh.is_active():
-            attended = self._attend_sharded(query, key, value, segment_ids, rng)
+            attended = self._attend_sharded(inputs, rng)
         else:
+            noise = None if rng is None else Noise(rng)
             whole = Shard(num_heads=self.config.num_heads)
-            ids = None if segment_ids is None else (segment_ids, segment_ids)
-            attended = self.attend(query, key, value, ids, whole, rng)
+            attended = self.attend(dataclasses.replace(inputs, noise=noise), whole)
         output = self.out(attended.output)
         return AttentionOutput(output, attended.losses, attended.diagnostics)
 
-    def _attend_sharded(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        segment_ids: jax.Array | None,
-        rng: jax.Array | None,
-    ) -> AttentionOutput:
+    def _inputs(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None, step: Any
+    ) -> Inputs:
+        """Projects and rotates; of all tokens and heads."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        on_demand = {"x": x, "unrotated_query": query, "unrotated_key": key}
+        if self.config.position == "rope":
+            query = rotary(query, positions, self.config.rope_theta)
+            key = rotary(key, positions, self.config.rope_theta)
+        return Inputs(
+            query,
+            key,
+            value,
+            positions=(positions, positions),
+            segment_ids=None if segment_ids is None else (segment_ids, segment_ids),
+            step=jnp.asarray(step),
+            **{name: on_demand[name] for name in self.needs},
+        )
+
+    def _attend_sharded(self, inputs: Inputs, rng: jax.Array | None) -> AttentionOutput:
         """Runs `attend` on each device's queries and heads, keys gathered over `context`."""
-        query_spec = mesh.spec("batch", "seq", "heads", None)
-        key_spec = mesh.spec("batch", None, "kv_heads", None)
-        key, value = jax.reshard(key, key_spec), jax.reshard(value, key_spec)
-        ids, ids_spec = None, None
-        if segment_ids is not None:
-            ids_spec = (mesh.spec("batch", "seq"), mesh.spec("batch", None))
-            ids = (segment_ids, jax.reshard(segment_ids, ids_spec[1]))
+        inputs_spec = partition(inputs)
+        inputs = jax.tree.map(jax.reshard, inputs, inputs_spec)
         graphdef, state = nnx.split(self)
         state, state_spec = _gather_parameters(state)
 
-        def local(
-            state: Any, query: Any, key: Any, value: Any, ids: Any, rng: Any
-        ) -> AttentionOutput:
-            shard = Shard(
-                query_offset=_axis_index("context") * query.shape[1],
-                head_offset=_axis_index("tensor") * query.shape[2],
-                num_heads=self.config.num_heads,
-            )
+        def local(state: Any, inputs: Inputs, rng: Any) -> AttentionOutput:
+            noise = None if rng is None else local_noise(rng)
+            shard = local_shard(inputs, self.config.num_heads)
             module = nnx.merge(graphdef, state)
             with read_only(module):
-                attended = module.attend(query, key, value, ids, shard, rng)
+                attended = module.attend(dataclasses.replace(inputs, noise=noise), shard)
             means = jax.lax.pmean((attended.losses, attended.diagnostics), mesh.AXES)
             return AttentionOutput(attended.output, *means)
 
         replicated = PartitionSpec()
         return jax.shard_map(
             local,
-            in_specs=(state_spec, query_spec, key_spec, key_spec, ids_spec, replicated),
-            out_specs=AttentionOutput(query_spec, replicated, replicated),
+            in_specs=(state_spec, inputs_spec, replicated),
+            out_specs=AttentionOutput(inputs_spec.query, replicated, replicated),
             check_vma=False,  # kernels inside are custom calls, which carry no such types
-        )(state, query, key, value, ids, rng)
-
-
-def _axis_index(axis: str) -> int | jax.Array:
-    """This device's index along a mesh axis, static where the axis does not divide."""
-    size = jax.sharding.get_abstract_mesh().shape[axis]
-    return jax.lax.axis_index(axis) if size > 1 else 0
+        )(state, inputs, rng)
 
 
 def _gather_parameters(state: nnx.State) -> tuple[nnx.State, nnx.State]:

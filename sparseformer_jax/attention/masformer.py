@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Shaped
 from ml_collections import ConfigDict
 
 from pallas_kernels import BlockMask
@@ -27,7 +27,8 @@ from sparseformer_jax.attention._block_sparse import (
     BlockSparseAttention,
     check_implementation,
 )
-from sparseformer_jax.attention.base import Attention, AttentionOutput, SegmentIds, Shard
+from sparseformer_jax.attention.base import Attention, AttentionOutput
+from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.checks import ConfigError
 
 
@@ -110,18 +111,16 @@ class Method(BlockSparseAttention):
         """The window, in tokens."""
         return self.options.span_size if self.options.span == "window" else None
 
-    def attend(
-        self,
-        query: Float[Array, "B T N H"],
-        key: Float[Array, "B S K H"],
-        value: Float[Array, "B S K H"],
-        segment_ids: SegmentIds | None,
-        shard: Shard,
-        rng: jax.Array | None,
-    ) -> AttentionOutput:
+    def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns attention over the span, with its density."""
         if self.options.span != "block":
-            return super().attend(query, key, value, segment_ids, shard, rng)
+            return super().attend(inputs, shard)
+        query, key, value, segment_ids = (
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            inputs.segment_ids,
+        )
         size, num_queries, num_keys = self.options.span_size, query.shape[1], key.shape[1]
         if num_queries < num_keys:
             if num_queries % size:

@@ -71,10 +71,11 @@ class LayerStack(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None,
         keys: Key[Array, "layers"] | None,
+        step: Any = 0,
     ) -> tuple[jax.Array, Reports]:
         """Returns x after all layers, losses summed and diagnostics in layer order.
 
-        `keys` are the randomness of each layer, None in evaluation.
+        `keys` are the randomness of each layer, None in evaluation; `step` is training's.
         """
         graphdef, state = nnx.split(self.unit)
 
@@ -87,7 +88,7 @@ class LayerStack(nnx.Module):
             for index, block in enumerate(unit):
                 key = None if keys is None else keys[index]
                 with read_only(block):
-                    x, report = block(x, positions, segment_ids, key)
+                    x, report = block(x, positions, segment_ids, key, step)
                 reports.append(report)
             return x, _stack_reports(reports)
 

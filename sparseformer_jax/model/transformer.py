@@ -78,10 +78,13 @@ class Block(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         rng: Key[Array, ""] | None,
+        step: Any = 0,
     ) -> tuple[Float[Array, "B T D"], Reports]:
         """Returns the residual stream after the block, and what attention reported."""
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
-        attended = self.attention(self.attention_norm(x), positions, segment_ids, rng=rngs[0])
+        attended = self.attention(
+            self.attention_norm(x), positions, segment_ids, step=step, rng=rngs[0]
+        )
         x = x + dropout(attended.output, self.dropout, rngs[1])
         x = x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, rngs[2])
         return x, (attended.losses, attended.diagnostics)
@@ -189,7 +192,7 @@ class Transformer(nnx.Module):
         x = dropout(self._embed(tokens, positions), self.config.dropout, embed_rng)
         reports = []
         for stack, keys in zip(self.stacks, self._layer_keys(layers_rng), strict=True):
-            x, report = stack(x, positions, segment_ids, keys)
+            x, report = stack(x, positions, segment_ids, keys, self.step)
             reports.append(report)
         return Features(self.final_norm(x), *join_reports(reports))
 

@@ -69,6 +69,8 @@ class ModelDef:
         flat = dict(nnx.to_flat_state(state))
         self._paths = {"/".join(map(str, path)): path for path in flat}
         named = {name: flat[path] for name, path in self._paths.items()}
+        for name, variable in named.items():
+            _check_variable(name, variable)
         self.params: dict[str, nnx.Variable] = {
             name: v for name, v in named.items() if issubclass(v.type, nnx.Param)
         }
@@ -176,6 +178,24 @@ class ModelDef:
                 if self._selects(layer):
                     chosen.add(own)
         return [frozenset(marks[number]) for number in sorted(marks, key=int)]
+
+
+def _check_variable(name: str, variable: Any) -> None:
+    """Refuses what cannot be sharded or trained; the author of a method reads it."""
+    fix = "; make it nnx.Param(value, axes=(...)), a logical name or None for each dimension"
+    if not isinstance(variable, nnx.Variable):
+        raise ConfigError(f"{name}: an array of a module is no variable of it{fix}")
+    axes = variable.get_metadata().get("axes")
+    if axes is None:
+        raise ConfigError(f"{name}: a variable without logical axes{fix}")
+    ndim = variable.ndim - LayerNames.are_stacked([name])
+    if len(axes) != ndim:
+        raise ConfigError(f"{name}: axes={axes} for {ndim} dimensions{fix}")
+    if issubclass(variable.type, nnx.Param) and not jnp.issubdtype(variable.dtype, jnp.floating):
+        raise ConfigError(
+            f"{name}: an nnx.Param of dtype {variable.dtype} has no gradient; "
+            "make it another nnx.Variable, which is saved and not trained"
+        )
 
 
 def init_state(

@@ -53,7 +53,8 @@ def forward(model_def, params, batch, rng=None):
 
 def total_loss(model_def, params, batch):
     model = model_def.model(params, {}, 0)
-    output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"])
+    rng = jax.random.key(0)  # a method's noise is the same wherever it is drawn
+    output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
     nll, _ = cross_entropy(model, output.hidden, batch["targets"], batch["weights"])
     return nll / jnp.sum(batch["weights"]) + sum(output.losses.values())
 

@@ -38,8 +38,8 @@ class Method(dense.Method):
         first = 1.0 + jnp.arange(config.num_heads)
         self.weight = nnx.Param(first / config.num_heads, axes=("heads",))
 
-    def attend(self, query, key, value, segment_ids, shard, rng):
-        attended = super().attend(query, key, value, segment_ids, shard, rng)
+    def attend(self, inputs, shard):
+        attended = super().attend(inputs, shard)
         weight = self.weight[...]
         return AttentionOutput(
             attended.output * weight[:, None],

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from sparseformer_jax import mesh
-from sparseformer_jax.attention.base import Shard
+from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.model.config import ModelConfig
 
 # Four query heads in two groups; every size differs.
@@ -130,6 +130,7 @@ def attention_weights(attention, query, key, segment_ids=None):
 
     ids = None if segment_ids is None else (repeat(segment_ids),) * 2
     shard = Shard(num_heads=query.shape[2])
-    attended = attention.attend(repeat(query), repeat(key), value, ids, shard, None).output
+    inputs = Inputs(repeat(query), repeat(key), value, segment_ids=ids)
+    attended = attention.attend(inputs, shard).output
     weights = jnp.moveaxis(attended.reshape(chunks, batch, *attended.shape[1:]), 0, -2)
     return weights.reshape(*weights.shape[:-2], -1)[..., :num_keys].swapaxes(1, 2)

@@ -58,7 +58,7 @@ class Toy(nnx.Module):
         self.kind = kind
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (5, 5)) / 3)
 
-    def __call__(self, x, positions, segment_ids, rng):
+    def __call__(self, x, positions, segment_ids, rng, step=0):
         noise = 0 if rng is None else jax.random.normal(rng, x.shape)
         x = jnp.sin(jnp.sin(x @ self.weight[...])) + positions + noise
         losses = {"size": jnp.sum(x)} if self.kind == "a" else {}
