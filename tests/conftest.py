@@ -5,6 +5,8 @@ Without beartype shapes are not checked, without the trainer's data libraries on
 tests/pallas_kernels is collected; the header says so, and `--no-skips` refuses both.
 """
 
+import fnmatch
+import gc
 import importlib
 import importlib.util
 import os
@@ -111,6 +113,38 @@ def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
     is_kernels = collection_path.is_relative_to(_KERNEL_TESTS)
     is_above = _KERNEL_TESTS.is_relative_to(collection_path)
     return True if _UNCOLLECTED and not (is_kernels or is_above) else None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Frees the programs of a file: a worker would keep gigabytes of them to its end."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks as exhaustive what is not among the representatives of its test.
+
+    `@pytest.mark.representative(*patterns)`: of a test's parameters, those whose id matches
+    a pattern of `fnmatch` run in every run, the others only with `-m exhaustive`.
+    """
+    named: set[tuple[str, str]] = set()
+    matched: set[tuple[str, str]] = set()
+    for item in items:
+        mark = item.get_closest_marker("representative")
+        if mark is None:
+            continue
+        test = item.nodeid.split("[")[0]
+        found = {p for p in mark.args if fnmatch.fnmatchcase(item.callspec.id, p)}
+        matched |= {(test, pattern) for pattern in found}
+        named |= {(test, pattern) for pattern in mark.args}
+        if not found:
+            item.add_marker(pytest.mark.exhaustive)
+    is_whole = not any("::" in argument for argument in config.args)
+    if is_whole and named - matched:
+        raise pytest.UsageError(f"representatives that are no parameters: {named - matched}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

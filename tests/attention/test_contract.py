@@ -265,6 +265,7 @@ def test_dropout_is_a_function_of_the_key(subject):
 
 
 @pytest.mark.parametrize("remat", ["full", "dots_saveable"])
+@pytest.mark.representative("*-full")
 def test_recomputing_changes_nothing(subject, remat):
     config = subject.changed(remat=remat)
     actual = subject.gradients_of(config, subject.params, subject.batch)
@@ -303,6 +304,7 @@ def test_bfloat16_is_near_float32(subject):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.representative("*'data': 2, 'fsdp': 2*", "*'tensor': 2, 'context': 2*")
 def test_loss_and_gradients_do_not_depend_on_the_mesh(subject, sizes):
     with jax.set_mesh(mesh.make_mesh(sizes)):
         placed, _ = subject.model_def.abstract(jax.sharding.get_mesh())

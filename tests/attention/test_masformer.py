@@ -48,6 +48,7 @@ def test_density_of_many_tiles(span, num_tokens, size):
     ],
     ids=str,
 )
+@pytest.mark.representative("32-*", "37-*block_and_previous", "13-*-window")
 def test_softmax_over_the_span(span, num_tokens, size, model):
     attention = make_attention("masformer", {"span": span, "span_size": size}, **model)
     mask = span_mask(span, size, num_tokens)

@@ -71,6 +71,9 @@ def options(**changes):
     ],
     ids=str,
 )
+@pytest.mark.representative(
+    "40-{}-{}", "37-*", "30-*", "*num_dense_heads*kv_head*", "*stripes*dense*", "35-{'local*"
+)
 def test_softmax_over_band_and_stripes(num_tokens, changes, model):
     attention = make_attention("s2", options(**changes), **model)
     config = attention.config

@@ -50,6 +50,7 @@ ACTIVATIONS = {
 
 
 @pytest.mark.parametrize("case", SETTINGS["masks"], ids=lambda case: case["key"])
+@pytest.mark.representative("K00_mask", "K03_mask", "K05_mask")
 def test_mask(case):
     options = masformer.Options(SPANS[case["kind"]], case["size"])
     config = ModelConfig(3, 1, 4, 1, 1, 8, 4)
@@ -120,6 +121,7 @@ def look_inside(model, tokens):
 
 
 @pytest.mark.parametrize("variant", SETTINGS["variants"], ids=lambda variant: variant["name"])
+@pytest.mark.representative("bottom2_block8", "bottom1_window8")
 def test_model(variant):
     model, tokens = make_model(variant), jnp.asarray(MODEL["input_ids"])
     graphdef, state = nnx.split(model)

@@ -173,12 +173,14 @@ def test_attention(case, implementation):
 
 
 @by_key(SETTINGS["attention"])
+@pytest.mark.representative("A00", "A04")
 def test_attention_on_tpu(case):
     with targets.use(Target("tpu", interpret=True)):
         compare_attention(case, "pallas_tpu")
 
 
 @by_key(SETTINGS["attention"])
+@pytest.mark.representative("A03")
 def test_attention_on_hopper(case, monkeypatch):
     """In float16, against what the rounded inputs give: `reference` stands for the official one."""
     gpu_interpreter.compile_once(monkeypatch)

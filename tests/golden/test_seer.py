@@ -95,6 +95,7 @@ def agree(actual, stored, truth, way):
 
 
 @cases("prefill", "gt_raw")
+@pytest.mark.representative("reference-*", "xla-*", "pallas_tpu-*", "mosaic_gpu-float16-*kernel*")
 def test_prefill(name, way):
     config, stored = FILES[name]["config"], loading.arrays("seer", name)
     size = config["block"]
@@ -108,6 +109,9 @@ def test_prefill(name, way):
 
 
 @cases("decode_train", "gt_tok")
+@pytest.mark.representative(
+    "reference-*", "xla-*", "pallas_tpu-*qproj*", "mosaic_gpu-float16-*kernel*"
+)
 def test_decode(name, way):
     config, stored = FILES[name]["config"], loading.arrays("seer", name)
     starts = stored["cu_seqlens"]

@@ -216,6 +216,7 @@ def tightened(mask, rng):
 
 
 @pytest.mark.parametrize("seed", range(30))
+@pytest.mark.representative("?")
 def test_density_counts_tiles_that_the_limits_leave(seed):
     rng = np.random.default_rng(seed)
     mask = random_mask(rng)

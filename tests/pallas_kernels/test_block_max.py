@@ -197,6 +197,14 @@ def test_plain_jax(name, implementation):
         "float16",
     ],
 )
+@pytest.mark.representative(
+    "ragged",
+    "rows",
+    "prefix_in_window",
+    "segments_bidirectional",
+    "over_group_many_tiles",
+    "bfloat16",
+)
 def test_tpu_kernel(name):
     with targets.use(Target("tpu", interpret=True)):
         assert_agree(CASES[name], *run(CASES[name], "pallas_tpu"))

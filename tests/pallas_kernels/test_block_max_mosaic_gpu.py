@@ -67,6 +67,7 @@ INTERPRETED_CASES = {
 
 @pytest.mark.parametrize("name", INTERPRETED_CASES)
 @pytest.mark.usefixtures("no_races")
+@pytest.mark.representative("rows, group*", "blocks of odd sizes*")
 def test_interpreted_kernel(name, monkeypatch):
     gpu_interpreter.compile_once(monkeypatch)
     case = INTERPRETED_CASES[name]
@@ -118,6 +119,9 @@ LIMITS = ("window_size", "prefix_length")
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.representative(
+    "ragged", "rows*", "blocks_of_odd_sizes", "prefix*", "segments", "window*", "over_group_rows"
+)
 def test_sight_is_what_pairs_say(name):
     """No visible tile is left out, and in a full one nothing is hidden."""
     given = call(CASES[name])

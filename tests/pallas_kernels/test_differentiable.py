@@ -40,6 +40,16 @@ def attend(call):
 
 
 @pytest.mark.parametrize("name", kernel_cases.CASES)
+@pytest.mark.representative(
+    "dense_longer_keys",
+    "random_ragged",
+    "pattern_per_batch",
+    "prefix",
+    "segments",
+    "strided",
+    "head_dim_80",
+    "nothing",
+)
 def test_loops_over_lists(name):
     case = kernel_cases.CASES[name]
     call = kernel_cases.make(case)

@@ -115,6 +115,7 @@ def test_lists_and_bits_say_what_the_mask_says(seed):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("capacity", [None, 2])
+@pytest.mark.representative("None-[0-3]", "2-[4-7]")
 def test_traced_lists_are_long_enough(seed, capacity):
     block_map, build = random_problem(seed, capacity)
     tiling = random_tiling(random_problem(seed)[1](block_map), seed)

@@ -48,6 +48,15 @@ def assert_equal(actual, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.representative(
+    "dense_longer_keys",
+    "random_ragged",
+    "random_coarse",
+    "pattern_per_query_head",
+    "segments",
+    "strided",
+    "bfloat16",
+)
 def test_agrees_with_reference(name):
     call = kernel_cases.make(CASES[name])
     assert_agrees(call, kernel_cases.results(attend, call))
@@ -64,6 +73,7 @@ def test_agrees_with_reference(name):
         "head_dim_80",
     ],
 )
+@pytest.mark.representative("random_ragged", "segments")
 def test_heads_with_one_list_side_by_side(name):
     call = kernel_cases.make(CASES[name])
 
@@ -95,6 +105,7 @@ def test_heads_of_a_group_share_tiles_where_neighbours_differ(heads):
 
 @pytest.mark.parametrize("name", ["pattern_per_query_head", "segments"])
 @pytest.mark.usefixtures("no_races")
+@pytest.mark.representative("pattern_per_query_head")
 def test_agrees_in_simulated_memory(name):
     """Buffers start as NaN there, and races or reading beyond an array are errors."""
     call = kernel_cases.make(CASES[name])
@@ -236,6 +247,7 @@ STRIPED = {
 
 
 @pytest.mark.parametrize("name", STRIPED)
+@pytest.mark.representative("heads", "segments")
 def test_band_and_gathered_stripes(name):
     call = kernel_cases.make(STRIPED[name])
 

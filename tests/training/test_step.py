@@ -76,6 +76,7 @@ def assert_close(actual, expected, rtol=1e-5):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.representative("adamw")
 def test_losses_are_the_same_on_every_mesh(plain, batch, optimizer):
     plain.optimizer.name = optimizer
     expected, _, state = train(plain, {}, batch)
