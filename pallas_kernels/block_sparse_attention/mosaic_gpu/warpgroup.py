@@ -1,12 +1,10 @@
 """What a warpgroup does with its registers: layouts, loads and matrix products.
 
-The interpreter of Mosaic GPU knows no layouts and no accumulators in registers. There
-the same functions load the operands and multiply them in plain JAX, so that everything
-around the products (rings, barriers, lists, masks) runs on a CPU as it stands.
+The interpreter of Mosaic GPU knows no layouts, and its products are simulated (`products`):
+everything else (rings, barriers, lists, masks, waits) runs on a CPU as it stands.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_sparse_attention.mosaic_gpu import pieces
+from pallas_kernels.block_sparse_attention.mosaic_gpu.products import (
+    Factors,
+    Hardware,
+    Products,
+    Simulated,
+)
 from pallas_kernels.block_sparse_attention.mosaic_gpu.rings import SPLIT_COLUMNS
 from pallas_kernels.block_sparse_attention.mosaic_gpu.tuning import ROWS
 
@@ -85,20 +89,15 @@ class Warpgroup:
         The left one may be of float32, and is then split as the right one is.
         meanwhile is called once the product is under way.
         """
-        if self.is_simulated:
-            if meanwhile is not None:
-                meanwhile()
-            rows = _loaded(left)
-            rows = self.split(rows[0], right) if _is_whole(left) else rows
-            return _dots(rows, tuple(x.T for x in _loaded(right)))
+        products = self._products()
 
         def run(accumulator: Any) -> Array:
-            self._multiply_rows(accumulator, left, right)
+            self._multiply_rows(products, accumulator, left, right)
             if meanwhile is not None:
                 meanwhile()
-            return accumulator[...]
+            return products.read(accumulator)
 
-        return pl.run_scoped(run, _accumulator(right))
+        return products.from_zero(run, _columns(right))
 
     def products(
         self,
@@ -110,27 +109,28 @@ class Warpgroup:
 
         The second product runs while `between` works on the first.
         """
-        if self.is_simulated:
-            return between(self.product(*first)), self.product(*second)
+        products = self._products()
 
         def run(one: Any, other: Any) -> tuple[Any, Array]:
             for accumulator, (left, right) in ((one, first), (other, second)):
-                self._multiply_rows(accumulator, left, right)
+                self._multiply_rows(products, accumulator, left, right)
             under_way = len(pieces.pairs(second[1], second[1]))
-            result = between(plgpu.wgmma_accumulator_load(one, wait_n=under_way))
-            return result, other[...]
+            result = between(products.read(one, under_way))
+            return result, products.read(other)
 
-        return pl.run_scoped(run, _accumulator(first[1]), _accumulator(second[1]))
+        return products.from_zero(run, _columns(first[1]), _columns(second[1]))
 
     def accumulate(
         self, total: Float[Array, "64 H"], left: tuple[Array, ...], right: Tile
     ) -> Float[Array, "64 H"]:
         """Returns total + left @ right, left in registers and right in shared memory."""
-        if self.is_simulated:
-            return total + _dots(left, _loaded(right))
-        return pl.run_state(lambda accumulator: _multiply(accumulator, left, right))(
-            plgpu.ACC.init(total)
-        )
+        products = self._products()
+
+        def run(accumulator: Any) -> None:
+            products.start(accumulator, Factors(left, right, True, False))
+
+        (total,) = products.onto(run, total)
+        return total
 
     def accumulate_beside(
         self,
@@ -140,34 +140,36 @@ class Warpgroup:
         other: tuple[Tile, Tile],
     ) -> tuple[Float[Array, "64 H"], Float[Array, "64 C"]]:
         """Returns (`accumulate`, `product` of other), waiting once for both."""
-        if self.is_simulated:
-            return self.accumulate(total, left, right), self.product(*other)
+        products = self._products()
 
-        def run(accumulators: tuple[Any, Any]) -> None:
-            _multiply(accumulators[0], left, right)
-            self._multiply_rows(accumulators[1], *other)
+        def run(one: Any, beside: Any) -> None:
+            products.start(one, Factors(left, right, True, False))
+            self._multiply_rows(products, beside, *other)
 
-        zeros = self.zeros(other[1][0].shape[0])
-        return pl.run_state(run)((plgpu.ACC.init(total), plgpu.ACC.init(zeros)))
+        one, beside = products.onto(run, total, self.zeros(_columns(other[1])))
+        return one, beside
 
-    def _multiply_rows(self, accumulator: Any, left: Tile, right: Tile) -> None:
+    def _products(self) -> Products:
+        return Simulated() if self.is_simulated else Hardware()
+
+    def _multiply_rows(self, products: Products, accumulator: Any, left: Tile, right: Tile) -> None:
         """Starts accumulator += left @ right' of `product`."""
         if not _is_whole(left):
-            _multiply(accumulator, left, _transposed(right))
+            products.start(accumulator, Factors(left, right, False, True))
             return
         for first in range(0, left[0].shape[1], SPLIT_COLUMNS):
             columns = pl.ds(first, SPLIT_COLUMNS)
             if first:
-                plgpu.wgmma_wait(0)  # The registers of the last columns are free for these.
-            part = plgpu.load(left[0].at[:, columns], (), layout=_MATRIX)
+                products.wait()  # The registers of the last columns are free for these.
+            part = self._load(left[0].at[:, columns], _MATRIX, is_optimized=True)
             others = tuple(ref.at[:, columns] for ref in right)
-            _multiply(accumulator, self.split(part, right), _transposed(others))
+            products.start(accumulator, Factors(self.split(part, right), others, True, True))
 
-    def _load(self, ref: Any, layout: Any) -> Array:
+    def _load(self, ref: Any, layout: Any, is_optimized: bool = False) -> Array:
         if self.is_simulated:
             return ref[...]
         # Loads from global memory are never of the kind that Mosaic calls optimized.
-        return plgpu.load(ref, (), layout=layout, optimized=False)
+        return plgpu.load(ref, (), layout=layout, optimized=is_optimized)
 
     def _cast(self, array: Array, layout: Any) -> Array:
         return array if self.is_simulated else plgpu.layout_cast(array, layout)
@@ -178,28 +180,9 @@ def _is_whole(tile: Tile) -> bool:
     return tile[0].dtype == jnp.float32
 
 
-def _accumulator(right: Tile) -> Any:
-    return plgpu.ACC((ROWS, right[0].shape[0]), jnp.float32)
-
-
-def _transposed(tile: Tile) -> Tile:
-    return tuple(plgpu.transpose_ref(ref, (1, 0)) for ref in tile)
-
-
-def _multiply(accumulator: Any, left: tuple[Any, ...], right: Tile) -> None:
-    for x, y in pieces.pairs(left, right):
-        plgpu.wgmma(accumulator, x, y)
-
-
-def _loaded(tile: Tile) -> tuple[Array, ...]:
-    arrays = tuple(ref[...] for ref in tile)
-    plgpu.commit_smem()  # WGMMA reads in the order of TMA, loads do not.
-    return arrays
-
-
-def _dots(left: tuple[Array, ...], right: tuple[Array, ...]) -> Array:
-    dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32, precision="highest")
-    return jnp.stack([dot(x, y) for x, y in pieces.pairs(left, right)]).sum(axis=0)
+def _columns(right: Tile) -> int:
+    """Returns the columns of a product with right'."""
+    return int(right[0].shape[0])
 
 
 def along_rows(vector: Array, columns: int) -> Array:
