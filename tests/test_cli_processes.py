@@ -56,12 +56,20 @@ TRAIN = {
     "--config.attention.vert_stride=1000000000000": "attention.vert_stride=1000000000000: must be",
     "--config.train.profile_steps=5,9": "train.profile_steps=(5, 9): must be (first, last)",
     "--config.data.prefetch=1000000000": "data.prefetch=1000000000: must be from",
+    "--config.data.text_field=": "data.text_field='': empty",
+    "--config.data.files=5": "data.files=(5,): must be tuple[str, ...], not tuple[int]; a name",
     "--config.model.num_layer=3": "--config.model.num_layer=3: no such flag; did you mean",
     "--config.model.num_layers=1.5": "flag --config.model.num_layers=1.5: must be int",
     "--config={tmp}/broken.py": "config={tmp}/broken.py: line 2: invalid syntax",
     "--config={tmp}/missing.py": "config={tmp}/missing.py: no such file",
     "--coordinator_address=here": "coordinator_address, num_processes and process_id go together",
     "--workdir=": "--workdir=...: missing",
+}
+# The same, but told when the text is read: the workdir is there by then.
+TEXT = {
+    "--config.data.files={tmp}/pipe.txt": "data.files: '{tmp}/pipe.txt' is a pipe",
+    "--config.data.files={tmp}/link.txt": "data.files: '{tmp}/link.txt' is a link to nothing",
+    "--config.data.cache_dir={tmp}/train.txt": "data.cache_dir: cannot write to '{tmp}/train.txt/",
 }
 SAMPLE = {
     "--prompt=a\udcff": "--prompt='a\\udcff': not UTF-8 at character 1",
@@ -84,6 +92,7 @@ def table(tmp: Path) -> list[tuple[str, list[str], str]]:
     rows = []
     for command, mistakes, right in (
         ("train", TRAIN, (*SHORT, "--workdir={tmp}/refused")),
+        ("train", TEXT, (*SHORT, "--workdir={tmp}/begun")),
         ("sample", SAMPLE, ("--workdir={tmp}/run",)),
         ("evaluate", EVALUATE, ("--workdir={tmp}/run",)),
     ):
@@ -95,9 +104,11 @@ def table(tmp: Path) -> list[tuple[str, list[str], str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A text, a file that is no Python, and a finished run."""
+    """A text, what is no text, a file that is no Python, and a finished run."""
     tmp = tmp_path_factory.mktemp("processes")
     (tmp / "train.txt").write_text("It was a bright cold day in April. " * 200)
+    os.mkfifo(tmp / "pipe.txt")
+    (tmp / "link.txt").symlink_to("nowhere")
     (tmp / "broken.py").write_text("x = 1\ndef get_config(:\n")
     return tmp
 
