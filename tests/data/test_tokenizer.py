@@ -70,6 +70,13 @@ def test_hugging_face_round_trip(path, text):
     assert not ids.size or ids.max() < tokenizer.vocab_size
 
 
+def test_many_texts_are_encoded_as_each_alone(path):
+    for tokenizer in (ByteTokenizer(), HuggingFaceTokenizer(path)):
+        found = tokenizer.encode_batch(TEXTS)
+        assert [ids.tolist() for ids in found] == [tokenizer.encode(t).tolist() for t in TEXTS]
+        assert {ids.dtype for ids in found} == {np.dtype(np.int32)}
+
+
 def test_hugging_face_adds_and_cuts_nothing(path):
     tokenizer = HuggingFaceTokenizer(path, bos_token="<bos>", eos_token="<end>")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
