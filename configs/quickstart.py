@@ -28,6 +28,7 @@ def get_config(method: str = "s2") -> ConfigDict:
     config.train.num_steps = 200
     config.train.batch_size = 8
     config.optimizer.warmup_steps = 20
+    config.eval.every = 50
     config.eval.num_batches = 8
     config.checkpoint.every = 100
     return config
