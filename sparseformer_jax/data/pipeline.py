@@ -4,6 +4,7 @@ Row r of step s is example first_example + s * batch_size + r of the whole run, 
 number of processes: process p of P reads the rows from p * batch_size / P on, that many.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -72,8 +73,8 @@ def eval_batches(
     num_batches: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
-    """Yields this process's rows of each batch of a split, in order, each token once.
+) -> "EvalBatches":
+    """Returns this process's rows of each batch of a split, in order, each token once.
 
     All batches have one shape and all processes get as many: rows beyond the last
     example are padding, weights 0.
@@ -96,10 +97,31 @@ def eval_batches(
         raise ConfigError(f"data.files: split {corpus.split!r} has one token, nothing to predict")
     available = -(-len(examples) // batch_size)
     num_steps = min(num_batches, available) if num_batches else available
-    return (
-        _stack(examples, step * batch_size + process_index * rows, rows, seq_len)
-        for step in range(num_steps)
-    )
+    starts = range(process_index * rows, num_steps * batch_size, batch_size)
+    return EvalBatches(examples, starts, rows, seq_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatches:
+    """Batches that are made when asked for; their number is known before.
+
+    Attributes:
+      examples: All examples of a split.
+      starts: The first example of each batch.
+      rows: Examples in a batch.
+      seq_len: T, tokens in an example.
+    """
+
+    examples: PackedExamples
+    starts: range
+    rows: int
+    seq_len: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (_stack(self.examples, start, self.rows, self.seq_len) for start in self.starts)
 
 
 def _stack(examples: PackedExamples, start: int, rows: int, seq_len: int) -> Batch:

@@ -193,7 +193,7 @@ class Run:
 
     def _compile(self, batch: DeviceBatch) -> None:
         """Compiles the training step ahead, where it can be interrupted."""
-        with self._preemption.interruptible():
+        with self._preemption.interruptible(), self._writer.doing("compiling"):
             self._train_step = self._train_step.lower(self.state, batch).compile()
 
     def _before_step(self, step: int, pending: Any) -> Any:
@@ -239,6 +239,7 @@ class Run:
         checked = {name: float(metrics[name]) for name in FINITE}
         if not all(map(math.isfinite, checked.values())):
             raise NonFiniteError(self._describe_failure(step, checked, metrics["nonfinite"]))
+        self._writer.advance(step)
         num_steps = self.config.train.num_steps
         if step % self.config.train.log_every and step not in (num_steps, self.first_step + 1):
             return

@@ -3,15 +3,14 @@
 import importlib.util
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-
-from tqdm import tqdm
 
 from sparseformer_jax import units
 from sparseformer_jax.evaluation.plots import Painter
+from sparseformer_jax.training.progress import Progress
 from sparseformer_jax.training.workdir import METRICS_FILE
 
 
@@ -35,11 +34,9 @@ class MetricWriter:
             from tensorboardX import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(workdir), purge_step=first_step)
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=num_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._progress = Progress(first_step, num_steps)
         self._num_steps = num_steps
-        self._painter = Painter(workdir, self._print)
+        self._painter = Painter(workdir, self._progress.line)
 
     def train(self, step: int, numbers: Mapping[str, float], eta: float) -> None:
         """Writes the numbers of a training step; `eta` is the time left in seconds, or nan."""
@@ -56,12 +53,9 @@ class MetricWriter:
             shown["FLOP/s"] = units.count(numbers["flops_per_second"])
         if "mfu" in numbers:
             shown["mfu"] = f"{numbers['mfu']:.1%}"
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
-        else:
-            pairs = "  ".join(f"{name} {value}" for name, value in shown.items())
-            self._print(f"step {step}/{self._num_steps}  {pairs}  eta {_duration(eta)}")
+        self._progress.numbers(shown)
+        pairs = "  ".join(f"{name} {value}" for name, value in shown.items())
+        self.message(f"step {step}/{self._num_steps}  {pairs}  eta {_duration(eta)}")
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
         """Writes the numbers of an evaluation, and draws the run up to it."""
@@ -69,29 +63,32 @@ class MetricWriter:
             return
         self._write(step, "eval", numbers)
         pairs = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        self._print(f"eval at step {step}: {pairs}")
+        self.message(f"eval at step {step}: {pairs}")
         self._painter.draw()
 
     def message(self, text: str) -> None:
         """Shows a line to the user."""
         if self._enabled:
-            self._print(text)
+            self._progress.line(text)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to a step, whether or not its numbers are written."""
+        if self._enabled:
+            self._progress.advance(step)
+
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        """Shows on a terminal what the run does, as long as it does."""
+        return self._progress.doing(what) if self._enabled else nullcontext()
 
     def close(self) -> None:
         """Ends the bar, the picture and the files."""
         if not self._enabled:
             return
         self._painter.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._progress.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._file.close()
-
-    def _print(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-        print(line, flush=True)
 
     def _write(self, step: int, kind: str, numbers: Mapping[str, float]) -> None:
         named = {f"{kind}/{name}": value for name, value in numbers.items()}
