@@ -1,5 +1,6 @@
 """The commands: train, evaluate and sample, from flags, with one line for a user's mistake."""
 
+import io
 import itertools
 import json
 import os
@@ -176,6 +177,8 @@ def _sample(own: flags.FlagValues, argv: list[str]) -> None:
         seed=own.seed,
         step=own.step,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know every character
+        sys.stdout.reconfigure(errors="replace")
     for piece in itertools.chain([own.prompt], pieces, ["\n"]):
         sys.stdout.write(piece)
         sys.stdout.flush()

@@ -1,5 +1,6 @@
 """The command line teaches, overrides, and tells every mistake in one line."""
 
+import io
 import json
 import pathlib
 import subprocess
@@ -209,6 +210,14 @@ def test_sample_continues_the_prompt(calls, capsys, tmp_path):
     assert options == {"num_tokens": 256, "temperature": 0.0, "seed": 0, "step": None}
     message = mistake(capsys, f"--workdir={tmp_path}", "--temperature=-1", command=cli.sample)
     assert "--temperature=-1" in message
+
+
+def test_a_sample_is_shown_on_a_terminal_without_its_characters(calls, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(config.to_json(default_config.get_config()))
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    cli.sample(["generate.py", f"--workdir={tmp_path}", "--prompt=naïve"])
+    assert shown.getvalue() == b"na?ve and eggs\n"
 
 
 def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(calls, capsys, monkeypatch):
