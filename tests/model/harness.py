@@ -22,6 +22,24 @@ SMALL = {
     "mlp_dim": 28,
 }
 
+# The source of a method for `add_attention`, whose reports depend on the tokens.
+PENALISED = '''
+"""Dense attention that is asked for little output."""
+
+import jax.numpy as jnp
+
+from sparseformer_jax.attention import dense
+from sparseformer_jax.attention.base import AttentionOutput
+from sparseformer_jax.attention.dense import Options as Options
+
+
+class Method(dense.Method):
+    def attend(self, *arguments):
+        output = super().attend(*arguments).output
+        losses = {"energy": 20 * jnp.mean(jnp.square(output))}
+        return AttentionOutput(output, losses, {"density": jnp.mean(jnp.abs(output))})
+'''
+
 
 def small_config(**changes):
     return ModelConfig(**SMALL | changes)

@@ -13,30 +13,8 @@ from sparseformer_jax import mesh, registry
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
 from sparseformer_jax.training.state import ModelDef, TrainState
 from sparseformer_jax.training.step import make_train_step
-from tests.model.harness import put
+from tests.model.harness import PENALISED, put
 
-ENERGETIC = '''
-"""Dense attention that is asked for little output."""
-
-import dataclasses
-
-import jax.numpy as jnp
-
-from sparseformer_jax.attention import dense
-from sparseformer_jax.attention.base import AttentionOutput
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    implementation: str | None = None
-
-
-class Method(dense.Method):
-    def attend(self, *arguments):
-        output = super().attend(*arguments).output
-        energy = jnp.mean(jnp.square(output))
-        return AttentionOutput(output, {"energy": 20 * energy}, {"level": energy})
-'''
 RATE, DECAY, B1, B2, EPS, CLIP, Z_LOSS = 0.01, 0.5, 0.7, 0.95, 1e-4, 0.5, 0.1
 STEPS, PIECES, ROWS, LENGTH, VOCAB = 3, 2, 4, 16, 40
 
@@ -44,8 +22,8 @@ STEPS, PIECES, ROWS, LENGTH, VOCAB = 3, 2, 4, 16, 40
 @pytest.fixture
 def recipe(config, add_attention):
     """A config in which everything that enters a step is on, and nothing is random."""
-    add_attention("energetic", ENERGETIC)
-    config.attention = registry.method_config("attention", "energetic")
+    add_attention("penalised", PENALISED)
+    config.attention = registry.method_config("attention", "penalised")
     config.model.update(vocab_size=VOCAB, dropout=0.0)
     config.data.seq_len = LENGTH
     config.train.update(accumulation_steps=PIECES, batch_size=PIECES * ROWS, z_loss=Z_LOSS)
@@ -108,7 +86,7 @@ def objective_of(config):
         terms = {
             "loss": jnp.sum(weights * nll) / total,
             "energy": share * output.losses["energy"],
-            "level": share * jnp.mean(output.diagnostics["level"]),
+            "density": share * jnp.mean(output.diagnostics["density"]),
         }
         z_loss = Z_LOSS * jnp.sum(weights * log_z2) / total
         terms["total_loss"] = terms["loss"] + z_loss + terms["energy"]

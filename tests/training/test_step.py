@@ -8,6 +8,7 @@ from sparseformer_jax import mesh, registry
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
 from sparseformer_jax.training.state import ModelDef, abstract_state, init_state
 from sparseformer_jax.training.step import make_train_step
+from tests.model.harness import PENALISED
 
 MESHES = [
     {"data": 8},
@@ -86,25 +87,6 @@ def test_losses_are_the_same_on_every_mesh(plain, batch, optimizer):
         np.testing.assert_allclose(losses, expected, rtol=1e-5, err_msg=str(sizes))
 
 
-PENALISED = '''
-"""Dense attention with a loss and a diagnostic that depend on the tokens."""
-
-import jax.numpy as jnp
-
-from sparseformer_jax.attention import dense
-from sparseformer_jax.attention.base import AttentionOutput
-from sparseformer_jax.attention.dense import Options as Options
-
-
-class Method(dense.Method):
-    def attend(self, *arguments):
-        output = super().attend(*arguments).output
-        return AttentionOutput(
-            output, {"energy": jnp.mean(output**2)}, {"level": jnp.mean(jnp.abs(output))}
-        )
-'''
-
-
 def test_accumulation_equals_one_big_batch(plain, batch, add_attention):
     """Auxiliary losses, diagnostics and the second state too; rows have equal weights."""
     add_attention("penalised", PENALISED)
@@ -116,7 +98,7 @@ def test_accumulation_equals_one_big_batch(plain, batch, add_attention):
     losses, pieced_metrics, pieced_state = train(plain, {}, batch, num_steps=2)
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
     assert metrics["energy"] > 0
-    assert metrics["level"] > 0
+    assert metrics["density"] > 0
     assert_close(pieced_metrics, metrics)
     assert_close(pieced_state.opt_state, state.opt_state, rtol=1e-3)
     for name, value in state.params.items():
