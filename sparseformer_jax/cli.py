@@ -122,6 +122,7 @@ def _train(own: flags.FlagValues, argv: list[str]) -> None:
         _require(own, "workdir")
     config = config_flags.load(own.config)
     _override(config, own, argv)
+    _order_sums(config)
     # Imported late, here and below: a mistyped flag is told at once.
     _start_jax(own)
     _validate(config)
@@ -249,6 +250,17 @@ def _saved(workdir: str) -> ConfigDict:
         raise ConfigError(
             f"{file}: {error}; pass --config, or train on: it is written anew"
         ) from None
+
+
+def _order_sums(config: ConfigDict) -> None:
+    """Has XLA add in one order on a GPU, before JAX starts; elsewhere it always does."""
+    section = config.get("train")  # anything, as the config is not checked yet
+    if isinstance(section, ConfigDict) and not section.get("deterministic", True):
+        return
+    chosen = os.environ.get("XLA_FLAGS", "")
+    is_told = "deterministic_ops" in chosen
+    if not is_told and os.environ.get("JAX_PLATFORMS") != "cpu":
+        os.environ["XLA_FLAGS"] = f"{chosen} --xla_gpu_exclude_nondeterministic_ops=true".lstrip()
 
 
 def _start_jax(own: flags.FlagValues) -> None:

@@ -74,6 +74,8 @@ def get_config() -> ConfigDict:
     train.accumulation_steps = 1  # pieces the batch is computed in; same gradient
     train.z_loss = 0.0  # weight of log(Z)^2
     train.trainable = "all"  # "all" | regex on names, "layers/7/attention/query/kernel"
+    train.deterministic = True  # on a GPU, sums in one order: equal bits in every run, and on
+    # resume; False lets XLA and cuDNN choose. From the command line, before JAX starts.
     train.log_every = 10  # steps
     train.profile_steps = ()  # (first, last): trace these steps for TensorBoard
 

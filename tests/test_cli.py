@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -250,3 +251,25 @@ def test_help_teaches_before_jax_is_imported():
     lines = help_text.stdout.splitlines()
     assert "python train.py --config=configs/quickstart.py" in lines[2]
     assert len(lines) < 25
+
+
+@pytest.mark.parametrize(
+    ("platforms", "flags", "argv", "expected"),
+    [
+        ("cuda,cpu", "", [], "--xla_gpu_exclude_nondeterministic_ops=true"),
+        (None, "--xla_a=1", [], "--xla_a=1 --xla_gpu_exclude_nondeterministic_ops=true"),
+        ("cuda", "", ["--config.train.deterministic=False"], ""),
+        ("cuda", "--xla_gpu_deterministic_ops=false", [], "--xla_gpu_deterministic_ops=false"),
+        ("cpu", "", [], ""),
+    ],
+)
+def test_a_gpu_adds_in_one_order_unless_told(
+    calls, monkeypatch, tmp_path, platforms, flags, argv, expected
+):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    if platforms is None:
+        monkeypatch.delenv("JAX_PLATFORMS")
+    else:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    cli.train(["train.py", DEFAULT, f"--workdir={tmp_path}", *argv])
+    assert os.environ["XLA_FLAGS"] == expected

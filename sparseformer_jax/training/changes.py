@@ -14,6 +14,7 @@ _HARMLESS = {
     "data.num_threads",
     "data.prefetch",
     "model.remat",
+    "train.deterministic",
     "train.log_every",
     "train.profile_steps",
 }
