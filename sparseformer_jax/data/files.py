@@ -143,6 +143,7 @@ def _check_splits(files: Collection[TextFile]) -> None:
     untold = [str(file.path) for file in files if not file.split]
     if told and untold:
         raise ConfigError(
-            f"data.files: {min(told)!r} names a split and {min(untold)!r} does not;"
-            " rename one or leave it out"
+            f"data.files: {min(told)!r} names a split and {min(untold)!r} does not; take those"
+            f" that do, --config.data.files={','.join(sorted(told)[:3])}{',...' * (len(told) > 3)},"
+            " or rename the others"
         )

@@ -66,7 +66,11 @@ def test_standard_library_is_the_default():
         ([], ["*.txt"], r"data.files: '.*\*.txt' names no text; give"),
         (["a.png"], [""], "names no text; give"),
         (["a.csv"], ["a.csv"], r"'.*a.csv' is of an unknown kind; known: .txt .py"),
-        (["train.txt", "b.txt"], [""], "'.*train.txt' names a split and '.*b.txt'"),
+        (
+            ["train.txt", "b.txt"],
+            [""],
+            r"'.*train.txt' names a split and '.*b.txt' does not; take .*--config.data.files=/\S*train.txt, or",
+        ),
     ],
 )
 def test_mistakes(tmp_path, names, patterns, message):
