@@ -115,7 +115,9 @@ class Run:
         """Reads the text, builds the model and takes up a checkpoint, the newest if None."""
         config = self.config
         self.model_def = ModelDef(config)
-        self._flops_per_token = 3 * costs(config, self.model_def).forward_flops
+        # Of every token, those too whose target lies in another document.
+        tokens = config.train.batch_size * config.data.seq_len
+        self._flops_per_step = 3 * costs(config, self.model_def).forward_flops * tokens
         tokenizer = make_tokenizer(config)
         self._corpus = data.load_corpus(config.data, "train", tokenizer)
         held_out = data.load_corpus(config.data, config.eval.split, tokenizer)
@@ -246,7 +248,7 @@ class Run:
         numbers = {k: float(v) for k, v in jax.device_get(metrics).items() if k != "nonfinite"}
         seconds = self._clock.lap(step)
         if not math.isnan(seconds):
-            numbers |= throughput(numbers["tokens"], seconds, self._flops_per_token)
+            numbers |= throughput(numbers["tokens"], seconds, self._flops_per_step)
         self._writer.train(step, numbers, eta=(num_steps - step) * seconds)
 
     def _describe_failure(

@@ -24,18 +24,20 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for part, peak in _PEAKS.items() if part in device_kind), None)
 
 
-def throughput(tokens: float, seconds: float, flops_per_token: float) -> dict[str, float]:
-    """Returns what a step of `tokens` in `seconds` amounts to, over all devices.
+def throughput(tokens: float, seconds: float, flops: float) -> dict[str, float]:
+    """Returns what a step amounts to that predicts `tokens` in `seconds`, over all devices.
 
-        flops_per_second = flops_per_token tokens / seconds
+        tokens_per_second = tokens / seconds
+        flops_per_second = flops / seconds
         mfu = flops_per_second / (devices * peak)
 
-    the latter where the peak is known. FLOPs are the model's (Chowdhery et al. 2022, PaLM,
-    appendix B): what remat computes again does not count, nor do pairs that no query attends to.
+    the last where the peak is known. `flops` of the step are the model's (Chowdhery et al. 2022,
+    PaLM, appendix B): what remat computes again does not count, nor do pairs that no query
+    attends to.
     """
     numbers = {
         "tokens_per_second": tokens / seconds,
-        "flops_per_second": flops_per_token * tokens / seconds,
+        "flops_per_second": flops / seconds,
     }
     peak = peak_flops(jax.devices()[0].device_kind)
     if peak is not None:

@@ -2,15 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from sparseformer_jax import cli
+from sparseformer_jax import cli, describe, mesh
 from sparseformer_jax.checks import ConfigError, NonFiniteError
 from sparseformer_jax.evaluation.perplexity import evaluate_checkpoint
 from sparseformer_jax.generation.sampling import generate
 from sparseformer_jax.training import loop
 from sparseformer_jax.training.checkpoint import Checkpoints
+from sparseformer_jax.training.state import ModelDef
 
 
 def read(workdir):
@@ -25,6 +27,12 @@ def test_numbers_are_written_step_by_step(run, finished):
     np.testing.assert_allclose(train["train/loss"], np.log(264), rtol=0.05)
     assert 0 < train["train/density"] < 1
     assert train["train/tokens"] < 16 * 32  # targets in other documents do not count
+    speed = [line for line in lines if "train/tokens_per_second" in line][-1]
+    step_seconds = speed["train/tokens"] / speed["train/tokens_per_second"]
+    with jax.set_mesh(mesh.make_mesh({"data": 8})):
+        flops = 3 * describe.costs(run, ModelDef(run)).forward_flops * 16 * 32
+    np.testing.assert_allclose(speed["train/flops_per_second"] * step_seconds, flops)
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list(finished.glob("events.out.tfevents*"))
     assert list((finished / "profile").rglob("*.xplane.pb"))
 

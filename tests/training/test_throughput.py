@@ -33,7 +33,7 @@ def test_mfu_is_a_part_of_all_devices_peak(monkeypatch):
     device = types.SimpleNamespace(device_kind="TPU v4")
     monkeypatch.setattr(jax, "devices", lambda: [device] * 2)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    numbers = throughput.throughput(tokens=1000.0, seconds=0.5, flops_per_token=55e9)
+    numbers = throughput.throughput(tokens=1000.0, seconds=0.5, flops=55e12)
     assert numbers == {
         "tokens_per_second": 2000.0,
         "flops_per_second": 110e12,
