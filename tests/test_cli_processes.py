@@ -5,6 +5,7 @@ exhaustive variant gives each a process of its own.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
