@@ -188,11 +188,11 @@ def _sample(own: flags.FlagValues, argv: list[str]) -> None:
 def _plot(own: flags.FlagValues, argv: list[str]) -> None:
     _require(own, "workdir")
     _override(ConfigDict(), own, argv)
-    from sparseformer_jax.evaluation import plots
+    from sparseformer_jax.evaluation import plots, results
 
     output = pathlib.Path(own.output) if own.output else None
-    if output is not None and not output.parent.is_dir():
-        raise ConfigError(f"--output={output}: there is no folder {output.parent}")
+    if output is not None:
+        results.check_folder("--output", output)
     print(plots.draw(pathlib.Path(own.workdir), output))
 
 

@@ -75,7 +75,7 @@ def from_json(text: str | bytes) -> ConfigDict:
     """
     try:
         config = _decode(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"is no config, or a damaged one ({error})") from None
     if not isinstance(config, ConfigDict):
         raise ValueError("is no config: it holds no keys")

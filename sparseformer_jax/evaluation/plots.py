@@ -35,21 +35,25 @@ def read(workdir: Path) -> Series:
     """Returns steps and values of every metric of a run; what is not finite is left out.
 
     Raises:
-      ConfigError: there are no metrics.
+      ConfigError: there are no metrics, or a line of them is damaged.
     """
     file = workdir / METRICS_FILE
     if not file.is_file():
         raise ConfigError(f"--workdir={workdir}: has no {METRICS_FILE}; train there first")
     series: Series = {}
     # A running process may be writing the last line.
-    for line in file.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
+    whole = (line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
+    for number, line in enumerate(whole, start=1):
+        try:
             record = json.loads(line)
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    steps, values = series.setdefault(name, ([], []))
-                    steps.append(record["step"])
-                    values.append(value)
+            step = int(record.pop("step"))
+            numbers = {name: float(x) for name, x in record.items() if x is not None}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{file}: line {number} is damaged; remove that line") from None
+        for name, value in numbers.items():
+            steps, values = series.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
     return series
 
 

@@ -123,6 +123,8 @@ class Checkpoints:
         self._require(step)
         with self._one_line(step):
             state = ocp.checkpointables_metadata(self.directory / str(step)).metadata["state"]
+            if state is None:
+                raise ValueError("its metadata names no arrays")
             named = {**state["params"], **state.get("variables", {})}
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named.items()}
 
@@ -188,4 +190,5 @@ def _cause(error: BaseException) -> str:
     """The first line of the innermost cause, where orbax keeps what differs."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -64,6 +64,7 @@ def test_the_command_draws_into_the_workdir_or_elsewhere(workdir, capsys):
         (["--workdir=missing"], "error: --workdir=missing: has no metrics.jsonl"),
         (["--workdir=x", "--output=missing/a.png"], "error: --output=missing/a.png: there is no"),
         (["--workdir=x", "--ouput=a.png"], "error: --ouput=a.png: no such flag; did you mean --output?"),
+        (["--workdir=x", "--output=/"], "error: --output=/: is a folder"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(capsys, argv, message):
@@ -72,6 +73,18 @@ def test_mistakes_are_one_line(capsys, argv, message):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": 1, "tra', b"\xff\xfe", b"[]", b'{"a": 1}', b'{"step": 2, "a": "x"}']
+)
+def test_a_damaged_line_is_named(workdir, line, capsys):
+    metrics = workdir / plots.METRICS_FILE
+    metrics.write_bytes(b'{"step": 1, "train/loss": 5.5}\n' + line + b"\n")
+    with pytest.raises(SystemExit) as stopped:
+        cli.plot(["plots", f"--workdir={workdir}"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {metrics}: line 2 is damaged; remove that line\n"
 
 
 def test_a_run_is_drawn_while_it_goes_on(workdir):

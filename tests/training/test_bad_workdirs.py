@@ -41,6 +41,13 @@ def lock_a_folder(run: Path) -> None:
     (run / ".lock").mkdir()
 
 
+def cut_checkpoint(run: Path) -> None:
+    """As a disk that was full, or a copy that was interrupted, leaves it."""
+    for file in (run / "checkpoints/4").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10])
+
+
 def nothing(run: Path) -> None:
     """The copy is as training left it."""
 
@@ -60,7 +67,9 @@ TABLE = {
     "config.json cut": Bad("eval", replace("config.json", b'{"seed": 0, "mod'), "config.json: is no config, or a damaged one"),
     "config.json binary": Bad("eval", replace("config.json", b"\xff\x00\xfe"), "config.json: is no config, or a damaged one"),
     "config.json a list": Bad("eval", replace("config.json", b"[]"), "config.json: is no config: it holds no keys"),
+    "config.json too deep": Bad("eval", replace("config.json", b"[" * 100_000), "config.json: is no config, or a damaged one"),
     "config.json of strange types": Bad("eval", replace("config.json", b'{"seed": {"none": "evil"}}'), "config.json: is no config, or a damaged one"),
+    "checkpoint of cut files": Bad("eval", cut_checkpoint, r"checkpoint 4 in .* is damaged.*: its metadata .*--step=2"),
     "output in a missing folder": Bad("eval", nothing, "--output=/nowhere/a.json: there is no folder /nowhere", flags=("--output=/nowhere/a.json",)),
     "output a folder": Bad("eval", nothing, "--output=/: is a folder", flags=("--output=/",)),
     "other layers": Bad("eval", nothing, "does not fit the config: missing: layers/2/", flags=("--config.model.num_layers=3",)),
