@@ -104,8 +104,7 @@ def get_config() -> ConfigDict:
     checkpoint.keep_last = 2
     checkpoint.keep_every = 0  # steps; keep these for ever. 0: none
 
-    config.mesh = mesh = ConfigDict()
-    # Devices along each axis; the product must be their number. -1: the rest.
+    config.mesh = mesh = ConfigDict()  # devices along each axis, in product all; -1: the rest
     mesh.data = -1  # batch; parameters copied
     mesh.fsdp = 1  # batch; parameters sharded
     mesh.tensor = 1  # heads, MLP and vocabulary
