@@ -57,6 +57,8 @@ _CONFIG_HELP = """\
                              sparseformer_jax/default_config.py documents all keys
 """
 
+_SMALLER = "make the model, the batch or data.seq_len smaller, or mesh.fsdp larger"
+
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Runs the training command; `argv` is sys.argv unless given.
@@ -117,9 +119,9 @@ def plot(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(own: flags.FlagValues, argv: list[str]) -> None:
-    _require(own, "config")
+    _require(own, argv, "config")
     if not own.describe:
-        _require(own, "workdir")
+        _require(own, argv, "workdir")
     config = config_flags.load(own.config)
     _override(config, own, argv)
     _order_sums(config)
@@ -141,7 +143,7 @@ def _train(own: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
-    _require(own, "workdir")
+    _require(own, argv, "workdir")
     config = config_flags.load(own.config) if own.config else _saved(own.workdir)
     _override(config, own, argv)
     if own.split:
@@ -162,7 +164,7 @@ def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _sample(own: flags.FlagValues, argv: list[str]) -> None:
-    _require(own, "workdir")
+    _require(own, argv, "workdir")
     config = config_flags.load(own.config) if own.config else _saved(own.workdir)
     _override(config, own, argv)
     _start_jax(own)
@@ -186,7 +188,7 @@ def _sample(own: flags.FlagValues, argv: list[str]) -> None:
 
 
 def _plot(own: flags.FlagValues, argv: list[str]) -> None:
-    _require(own, "workdir")
+    _require(own, argv, "workdir")
     _override(ConfigDict(), own, argv)
     from sparseformer_jax.evaluation import plots, results
 
@@ -221,6 +223,13 @@ def _run(
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        # XLA's own error, by its status, goes on with a table of allocations.
+        line = str(error).partition("\n")[0]
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in line:
+            raise
+        print(f"error: not enough memory: {line}; {_SMALLER}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -289,9 +298,15 @@ def _validate(config: ConfigDict) -> None:
     config.lock()
 
 
-def _require(own: flags.FlagValues, name: str) -> None:
-    if not own[name].value:
-        raise ConfigError(f"--{name}=...: missing; the {own[name].help}")
+def _require(own: flags.FlagValues, argv: list[str], name: str) -> None:
+    """Refuses a flag that is missing, and first one that may be it, mistyped."""
+    if own[name].value:
+        return
+    for argument in argv[1:]:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and not flag.startswith(("--config.", "--noconfig.")):
+            raise ConfigError(f"{argument}: no such flag{suggest(flag, [f'--{x}' for x in own])}")
+    raise ConfigError(f"--{name}=...: missing; the {own[name].help}")
 
 
 def _new_flags() -> flags.FlagValues:

@@ -232,6 +232,29 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(calls, capsys, mo
     assert capsys.readouterr().err == "error: step 3: loss is nan\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8 GiB"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes\nLargest: ..."),
+    ],
+)
+def test_too_little_memory_that_no_estimate_foresaw_is_one_line(calls, capsys, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(sys.modules["sparseformer_jax.training.loop"], "train", fail)
+    line = mistake(capsys, DEFAULT, "--workdir=/tmp/x")
+    first = str(error).splitlines()[0]
+    assert line.startswith(f"error: not enough memory: {first}; make the model")
+
+
+@pytest.mark.parametrize("command", [cli.train, cli.evaluate, cli.sample, cli.plot])
+def test_a_mistyped_flag_is_told_before_the_one_that_is_missing(capsys, command):
+    line = mistake(capsys, "--workdri=/tmp/x", command=command)
+    assert line == "error: --workdri=/tmp/x: no such flag; did you mean --workdir?"
+
+
 def test_evaluate_tells_mistakes(calls, capsys, tmp_path):
     message = mistake(capsys, f"--workdir={tmp_path}", command=cli.evaluate)
     assert message.endswith("has no config.json; pass --config")
