@@ -6,6 +6,8 @@ The only file that knows orbax.
 import contextlib
 import dataclasses
 import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,13 +144,17 @@ class Checkpoints:
     @contextlib.contextmanager
     def _one_line(self, step: int) -> Iterator[None]:
         """Tells in one line why a checkpoint cannot be read."""
-        try:
-            yield
-        except (ValueError, KeyError, OSError) as error:
-            raise ConfigError(
-                f"checkpoint {step} in {self.directory} is damaged or does not fit the config: "
-                f"{_cause(error)}{self._others(step)}"
-            ) from error
+        with contextlib.ExitStack() as stack:
+            _silence_what_is_left(stack)
+            try:
+                yield
+            except (ValueError, KeyError, OSError) as error:
+                stack.pop_all()  # reading goes on, and fails until the process ends
+                warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+                raise ConfigError(
+                    f"checkpoint {step} in {self.directory} is damaged or does not fit the config: "
+                    f"{_cause(error)}{self._others(step)}"
+                ) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -177,6 +183,26 @@ class Checkpoints:
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in Path(record.pathname).parts
+
+
+def _silence_what_is_left(stack: contextlib.ExitStack) -> None:
+    """Keeps quiet, until the stack ends, what orbax leaves running once an array cannot be read.
+
+    Each of the others says so again: as a lost task, or to an event loop that is closed.
+    """
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+
+    def quiet_hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "exception was never retrieved" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    stack.callback(logger.removeFilter, is_other)
+    sys.unraisablehook = quiet_hook
+    stack.callback(setattr, sys, "unraisablehook", hook)
 
 
 def _require_arrays(state: Any) -> None:

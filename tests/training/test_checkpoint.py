@@ -93,26 +93,38 @@ import sys, pathlib, jax, jax.numpy as jnp
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.training.checkpoint import Checkpoints
 place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-abstract = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=place)}
+array = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=place)
+abstract = {"params": {f"layers/{i}/w": array for i in range(20)}}
 with Checkpoints(pathlib.Path(sys.argv[1])) as checkpoints:
-    for read in (lambda: checkpoints.restore(2, abstract), lambda: checkpoints.meta(2)):
-        try:
-            read()
-        except ConfigError as error:
-            print(error)
+    for step in (2, 3):
+        for read in (lambda: checkpoints.restore(step, abstract), lambda: checkpoints.meta(step),
+                     lambda: checkpoints.arrays(step)):
+            try:
+                read()
+            except ConfigError as error:
+                print(error)
 """
 
 
 def test_damaged_files_are_one_line(tmp_path):
-    """In a process of its own: orbax leaves unfinished coroutines behind."""
-    with Checkpoints(tmp_path, keep_last=1) as checkpoints:
-        checkpoints.save(2, {"w": jnp.ones(4)}, META)
-        checkpoints.wait()
+    """In a process of its own, whose end tells all that orbax leaves running."""
+    state = {"params": {f"layers/{i}/w": jnp.ones(4) for i in range(20)}}
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+        for step in (2, 3):
+            checkpoints.save(step, state, META)
+    folder = tmp_path / "checkpoints"
     for item in ("state", "meta"):
-        for file in (tmp_path / "checkpoints" / "2" / item).rglob("*"):
+        for file in (folder / "2" / item).rglob("*"):
             if file.is_file() and file.stat().st_size > 20:
                 file.write_bytes(file.read_bytes()[:10])
+    for file in (folder / "3" / "state" / "d").iterdir():
+        content = bytearray(file.read_bytes())
+        content[4] ^= 0x55
+        file.write_bytes(content)
     command = [sys.executable, "-c", READ, str(tmp_path)]
-    lines = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
-    assert len(lines) == 2
-    assert all(line.startswith("checkpoint 2 in ") and "is damaged" in line for line in lines)
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert process.stderr == ""
+    lines = process.stdout.splitlines()
+    assert [line.split(" in ")[0] for line in lines] == ["checkpoint 2"] * 3 + ["checkpoint 3"] * 2
+    assert all("is damaged" in line for line in lines)
+    assert "its metadata names no arrays; others are [3]: --step=3" in lines[2]
