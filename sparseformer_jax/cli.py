@@ -230,9 +230,19 @@ def _run(
             raise
         print(f"error: not enough memory: {line}; {_SMALLER}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as interrupt:
+    except (KeyboardInterrupt, ImportError) as error:
+        interrupt = _interrupt(error)
+        if interrupt is None:
+            raise
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C behind an error: an extension that it stops in loading raises ImportError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _override(config: ConfigDict, own: flags.FlagValues, argv: list[str]) -> None:

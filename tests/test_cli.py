@@ -296,3 +296,21 @@ def test_a_gpu_adds_in_one_order_unless_told(
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
     cli.train(["train.py", DEFAULT, f"--workdir={tmp_path}", *argv])
     assert os.environ["XLA_FLAGS"] == expected
+
+
+def test_ctrl_c_while_an_extension_loads_is_an_interrupt(monkeypatch, capsys):
+    """It comes as what the extension makes of it; another ImportError is told as it is."""
+
+    def load(path):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise ImportError("numpy._core.multiarray failed to import") from interrupt
+
+    monkeypatch.setattr(cli.config_flags, "load", load)
+    with pytest.raises(SystemExit) as stopped:
+        cli.train(["train.py", DEFAULT, "--workdir=run"])
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    monkeypatch.setattr(cli.config_flags, "load", lambda path: __import__("no_such_module"))
+    with pytest.raises(ImportError, match="no_such_module"):
+        cli.train(["train.py", DEFAULT, "--workdir=run"])
