@@ -8,11 +8,15 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from sparseformer_jax import config as config_lib
 from sparseformer_jax import registry
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.training.checkpoint import Checkpoints
 from sparseformer_jax.training.restore import Stored, differences, first_names
 from sparseformer_jax.training.state import ModelDef, TrainState, init_state, new_state
+
+# What a token means.
+_TOKENS = ("data.tokenizer", "data.bos_token", "data.eos_token")
 
 
 def first_state(
@@ -28,7 +32,8 @@ def first_state(
       ConfigError: there is no such checkpoint, or anything else is missing, left over or of
         another shape.
     """
-    source = model_def.config.init_from
+    config = model_def.config
+    source = config.init_from
     if not source:
         return jax.jit(lambda: init_state(model_def, optimizer, key))(), []
     workdir, step = _split(source)
@@ -39,9 +44,12 @@ def first_state(
         if step is None:
             raise ConfigError(f"init_from={source!r}: {workdir} holds no complete checkpoint")
         (params, variables), new = _load(model_def, Stored(checkpoints, step), key)
+        others = _other_settings(config_lib.from_json(checkpoints.meta(step).config), config)
     note = f"parameters start from step {step} of {workdir}"
     if new:
-        note += f"; of {model_def.config.attention.name} itself, initialised: {first_names(new)}"
+        note += f"; of {config.attention.name} itself, initialised: {first_names(new)}"
+    if others:
+        note += f"; they were trained with other settings: {'; '.join(others)}"
     state = jax.jit(lambda params, variables: new_state(model_def, optimizer, params, variables))
     return state(params, variables), [note]
 
@@ -50,6 +58,15 @@ def _split(source: str) -> tuple[Path, int | None]:
     """Splits WORKDIR or WORKDIR:STEP."""
     match = re.fullmatch(r"(.+):(\d+)", source)
     return (Path(match[1]), int(match[2])) if match else (Path(source), None)
+
+
+def _other_settings(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns what no shape tells: settings of the model and its tokens, as "key: old -> new"."""
+    return [
+        f"{key}: {change}"
+        for key, change in config_lib.diff(old, new).items()
+        if key in _TOKENS or (key.startswith("model.") and key != "model.remat")
+    ]
 
 
 def _load(model_def: ModelDef, stored: Stored, key: jax.Array) -> tuple[Any, list[str]]:

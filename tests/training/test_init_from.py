@@ -17,8 +17,6 @@ from sparseformer_jax.training.optimizer import make_optimizer
 from sparseformer_jax.training.restore import restore_state, saved_form
 from sparseformer_jax.training.state import ModelDef
 
-META = Meta(data={"examples": 0}, corpus="text", config="{}")
-
 GATED = '''
 """Dense attention with a gate a head."""
 
@@ -62,9 +60,10 @@ def source(config, tmp_path):
 
     def save(config):
         model_def, state, _ = start(config, {"fsdp": 2})
+        meta = Meta(data={"examples": 0}, corpus="text", config=config_lib.to_json(config))
         with Checkpoints(tmp_path / "source", keep_last=2) as checkpoints:
             for step in (3, 5):
-                checkpoints.save(step, saved_form(model_def, state), META)
+                checkpoints.save(step, saved_form(model_def, state), meta)
             checkpoints.wait()
         return str(tmp_path / "source"), model_def.to_layers(state)
 
@@ -80,8 +79,13 @@ def test_parameters_come_by_layer_onto_another_mesh(config, source):
     assert note == f"parameters start from step 5 of {config.init_from}"
     jax.tree.map(np.testing.assert_array_equal, model_def.to_layers(state), before)
     config.init_from += ":3"
+    config.model.rope_theta, config.data.eos_token, config.train.z_loss = 5e5, "", 0.1
     *_, (note,) = start(config)
     assert "step 3 of" in note
+    assert note.endswith(
+        "; they were trained with other settings: data.eos_token: <eos> -> ; "
+        "model.rope_theta: 10000.0 -> 500000.0"
+    )
 
 
 def test_what_the_method_adds_is_initialised_and_told(config, source, add_attention):
