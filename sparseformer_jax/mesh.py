@@ -111,8 +111,14 @@ def initialize_distributed(
             "coordinator_address, num_processes and process_id go together; "
             f"got {coordinator_address!r}, {num_processes!r}, {process_id!r}"
         )
-    if coordinator_address is not None and not re.search(r".:\d+$", coordinator_address):
-        raise ConfigError(f"coordinator_address={coordinator_address!r}: must be HOST:PORT")
+    if coordinator_address is not None:
+        port = re.search(r".:(\d+)$", coordinator_address)
+        # To a port that cannot be, JAX would wait for minutes.
+        if port is None or not 1 <= int(port[1]) <= 65535:
+            raise ConfigError(
+                f"coordinator_address={coordinator_address!r}: must be HOST:PORT, with a port from"
+                " 1 to 65535"
+            )
     try:
         jax.distributed.initialize(*arguments)
     except (ValueError, RuntimeError) as error:

@@ -90,8 +90,9 @@ def test_parameters_in_use_are_whole_along_embed():
 def test_a_cluster_is_described_wholly_or_not_at_all():
     with pytest.raises(ValueError, match="go together; got 'host:1', None, 0"):
         mesh.initialize_distributed("host:1", process_id=0)
-    with pytest.raises(ValueError, match="coordinator_address='host': must be HOST:PORT"):
-        mesh.initialize_distributed("host", 2, 0)
+    for address in ("host", "host:0", "host:99999"):
+        with pytest.raises(ValueError, match=f"coordinator_address='{address}': must be HOST:PORT"):
+            mesh.initialize_distributed(address, 2, 0)
     jax.devices()
     with pytest.raises(ValueError, match="host:1'.* must be called before any JAX calls"):
         mesh.initialize_distributed("host:1", 2, 0)
