@@ -153,7 +153,7 @@ class Checkpoints:
                 warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
                 raise ConfigError(
                     f"checkpoint {step} in {self.directory} is damaged or does not fit the config: "
-                    f"{_cause(error)}{self._others(step)}"
+                    f"{_cause(error)}{self._others(step)}{self._parameters_alone(step, error)}"
                 ) from error
 
     @contextlib.contextmanager
@@ -170,6 +170,11 @@ class Checkpoints:
     def _others(self, step: int) -> str:
         others = [other for other in self._steps() if other != step]
         return f"; others are {others}: --step={max(others)}" if others else ""
+
+    def _parameters_alone(self, step: int, error: BaseException) -> str:
+        source = f"{self.directory.parent}:{step}"
+        way = f"; a new workdir with --config.init_from={source} takes the parameters alone"
+        return way if "opt_state" in _cause(error) else ""
 
     def _steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
