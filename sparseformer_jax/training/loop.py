@@ -257,10 +257,12 @@ class Run:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in checked.items())
         nonfinite = self.model_def.to_layers(nonfinite)
         names = [name for name, bad in jax.device_get(nonfinite).items() if bad]
-        where = (
-            f"{len(names)} of {len(nonfinite)} parameters or their gradients are not finite: "
-            f"{', '.join(names[:4])}"
-        )
+        where = "each parameter and its gradient alone are finite"
+        if names:
+            where = (
+                f"{len(names)} of {len(nonfinite)} parameters or their gradients are not finite: "
+                f"{', '.join(names[:4])}"
+            )
         self.checkpoints.wait()
         latest = self.checkpoints.latest_step
         kept = f"the last good checkpoint is step {latest}" if latest else "there is no checkpoint"

@@ -132,6 +132,14 @@ def test_destroyed_parameters_are_not_saved(config, tmp_path, rate):
     assert "there is no checkpoint" in message
 
 
+def test_a_norm_that_overflows_alone_names_no_parameter(config, tmp_path):
+    """The squares of all parameters do not fit float32, those of the largest do."""
+    size = sum(variable.size for variable in ModelDef(config).params.values())
+    rate = 1.2 * float(np.sqrt(np.finfo(np.float32).max / size))
+    match = r"step 1: .*param_norm inf; each parameter and its gradient alone are finite; "
+    assert fail(diverging(config, rate), tmp_path, match)[1] is None
+
+
 def test_a_run_does_not_finish_with_an_evaluation_of_nan(config, tmp_path):
     config.train.num_steps = 1
     _, latest = fail(diverging(config, 1e16), tmp_path, "evaluation loss is nan over")
