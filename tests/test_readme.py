@@ -127,11 +127,12 @@ def test_help_shows_two_commands_of_its_own_or_more(capsys):
         assert {command for command, _ in shown} == {name}
 
 
-def test_readmes_meshes_fit_a_real_size_on_eight_devices():
+@pytest.mark.parametrize("name", ["quickstart.py", "s2.py:small"])
+def test_readmes_meshes_fit_eight_devices(name):
     lines = re.findall(r"^    (--config\.mesh.*?)  ", README, re.MULTILINE)
     assert len(lines) == 3
     for line in lines:
-        chosen = config_flags.load("configs/s2.py:small")
+        chosen = config_flags.load(f"configs/{name}")
         config_flags.override(chosen, ["train.py", *line.split()])
         config.validate(chosen, num_devices=8)
 
