@@ -25,8 +25,10 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
 # Workers and the processes that tests start inherit the folder, and compile nothing twice.
+_OWN_CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="xla-cache-")
+    _OWN_CACHE = tempfile.mkdtemp(prefix="xla-cache-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _OWN_CACHE
 # Every worker would take three quarters of the memory of the one GPU that all share.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -147,11 +149,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"representatives that are no parameters: {named - matched}")
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Removes the compilation cache at the end of the process that leads the others."""
-    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if not hasattr(config, "workerinput") and "xla-cache-" in folder:
-        shutil.rmtree(folder, ignore_errors=True)
+def pytest_unconfigure() -> None:
+    """Removes the compilation cache at the end of the process that made it."""
+    if _OWN_CACHE is not None:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

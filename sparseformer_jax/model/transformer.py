@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -232,7 +233,8 @@ class Transformer(nnx.Module):
 def _check_vocabulary(tokens: jax.Array, vocab_size: int) -> None:
     if isinstance(tokens, jax.core.Tracer) or not tokens.is_fully_addressable or not tokens.size:
         return
-    lowest, highest = int(tokens.min()), int(tokens.max())
+    ids = np.asarray(tokens)  # jax's own minimum would be traced where anything is
+    lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(
             f"token ids from {lowest} to {highest}: must be from 0 to below"
