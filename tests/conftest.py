@@ -25,10 +25,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
 # Workers and the processes that tests start inherit the folder, and compile nothing twice.
-_OWN_CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _OWN_CACHE = tempfile.mkdtemp(prefix="xla-cache-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _OWN_CACHE
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"xla-cache-{os.getpid()}-")
 # Every worker would take three quarters of the memory of the one GPU that all share.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -151,8 +149,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_unconfigure() -> None:
     """Removes the compilation cache at the end of the process that made it."""
-    if _OWN_CACHE is not None:
-        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if f"xla-cache-{os.getpid()}-" in folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
