@@ -276,14 +276,26 @@ def _order_sums(config: ConfigDict) -> None:
     section = config.get("train")  # anything, as the config is not checked yet
     if isinstance(section, ConfigDict) and not section.get("deterministic", True):
         return
-    chosen = os.environ.get("XLA_FLAGS", "")
-    is_told = "deterministic_ops" in chosen
+    is_told = "deterministic_ops" in os.environ.get("XLA_FLAGS", "")
     if not is_told and os.environ.get("JAX_PLATFORMS") != "cpu":
-        os.environ["XLA_FLAGS"] = f"{chosen} --xla_gpu_exclude_nondeterministic_ops=true".lstrip()
+        _set_xla_flag("--xla_gpu_exclude_nondeterministic_ops=true")
+
+
+def _order_collectives() -> None:
+    """Has simulated devices meet in one order: else they may wait for each other for ever."""
+    flag = "--xla_cpu_enable_concurrency_optimized_scheduler"
+    is_simulated = os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1"
+    if is_simulated and flag not in os.environ.get("XLA_FLAGS", ""):
+        _set_xla_flag(f"{flag}=false")
+
+
+def _set_xla_flag(flag: str) -> None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".lstrip()
 
 
 def _start_jax(own: flags.FlagValues) -> None:
     """Turns on the persistent compilation cache, connects the processes, finds the devices."""
+    _order_collectives()
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -23,6 +23,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = (
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        # Eight devices on few cores: collectives in one order, or they may never meet.
+        " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     )
 # Workers and the processes that tests start inherit the folder, and compile nothing twice.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

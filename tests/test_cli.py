@@ -314,3 +314,18 @@ def test_ctrl_c_while_an_extension_loads_is_an_interrupt(monkeypatch, capsys):
     monkeypatch.setattr(cli.config_flags, "load", lambda path: __import__("no_such_module"))
     with pytest.raises(ImportError, match="no_such_module"):
         cli.train(["train.py", DEFAULT, "--workdir=run"])
+
+
+@pytest.mark.parametrize(
+    ("devices", "flags", "expected"),
+    [
+        ("8", "", "--xla_cpu_enable_concurrency_optimized_scheduler=false"),
+        ("8", "--xla_cpu_enable_concurrency_optimized_scheduler", None),
+        ("1", "--xla_a=1", None),
+    ],
+)
+def test_simulated_devices_meet_in_one_order(monkeypatch, devices, flags, expected):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", devices)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    cli._order_collectives()
+    assert os.environ["XLA_FLAGS"] == (flags if expected is None else expected)
