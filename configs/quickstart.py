@@ -1,9 +1,9 @@
-"""A byte-level language model on the Python standard library's source, in three minutes.
+"""A byte-level language model on the Python standard library's source, in two minutes.
 
     python train.py --config=configs/quickstart.py --workdir=/tmp/quickstart
 
-Needs no download and no accelerator: two CPU cores take two and a half minutes. Expect
-about 3.4 bits per byte on held-out files. `quickstart.py:masformer` and `quickstart.py:dense`
+Needs no download and no accelerator: two CPU cores take a minute or two. Expect about
+3.3 bits per byte on held-out files. `quickstart.py:masformer` and `quickstart.py:dense`
 train the same model with other attention.
 """
 
