@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -212,6 +213,7 @@ def _run(
         if own.help:
             print(usage + "\n" + _flag_list(own) + ("config" in own) * _CONFIG_HELP, end="")
             return
+        _check_devices()
         main(own, rest)
     except (ConfigError, flags.Error) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -269,6 +271,13 @@ def _saved(workdir: str) -> ConfigDict:
         raise ConfigError(
             f"{file}: {error}; pass --config, or train on: it is written anew"
         ) from None
+
+
+def _check_devices() -> None:
+    """Refuses a number of simulated devices that JAX would refuse while it is imported."""
+    number = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
+    if not re.fullmatch(r"-1|[1-9]\d{0,3}", number):
+        raise ConfigError(f"JAX_NUM_CPU_DEVICES={number}: must be a number from 1 to 9999")
 
 
 def _order_sums(config: ConfigDict) -> None:

@@ -329,3 +329,9 @@ def test_simulated_devices_meet_in_one_order(monkeypatch, devices, flags, expect
     monkeypatch.setenv("XLA_FLAGS", flags)
     cli._order_collectives()
     assert os.environ["XLA_FLAGS"] == (flags if expected is None else expected)
+
+
+@pytest.mark.parametrize("number", ["x", "0", "-8", "", "1e3"])
+def test_a_number_of_devices_that_is_none_is_one_line(calls, monkeypatch, capsys, number):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", number)
+    assert f"JAX_NUM_CPU_DEVICES={number}: must be a number" in mistake(capsys, DEFAULT)
