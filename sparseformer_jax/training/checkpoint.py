@@ -55,13 +55,20 @@ class Checkpoints:
             keep.append(policies.EveryNSteps(keep_every))
         self.directory = workdir.absolute() / "checkpoints"
         absl.logging.get_absl_logger().addFilter(_is_not_of_orbax)
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            # What a killed run left half-written, but not what a running one is writing.
-            cleanup_tmp_directories=keep_last is not None,
-        )
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                # What a killed run left half-written, but not what a running one is writing.
+                cleanup_tmp_directories=keep_last is not None,
+            )
+        except ValueError as error:  # of metadata that are JSON, but no object
+            absl.logging.get_absl_logger().removeFilter(_is_not_of_orbax)
+            raise ConfigError(
+                f"{self.directory}: the metadata of a checkpoint are damaged: {_cause(error)}; "
+                "move the folder of that step away"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -88,6 +88,15 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, capfd):
         assert checkpoints.meta(2) == META
 
 
+def test_metadata_that_are_no_object_are_one_line(tmp_path):
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+        checkpoints.save(2, {"params": {"w": jnp.ones(4)}}, META)
+    (tmp_path / "checkpoints/2/_CHECKPOINT_METADATA").write_text("[]")
+    with pytest.raises(ConfigError, match="metadata of a checkpoint are damaged") as error:
+        Checkpoints(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 READ = """
 import sys, pathlib, jax, jax.numpy as jnp
 from sparseformer_jax.checks import ConfigError
