@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +72,7 @@ def _use_backward_tiles(tile: int) -> None:
         tiles = dict.fromkeys(("block_m1", "block_n1", "block_m2", "block_n2"), tile)
         return [dataclasses.replace(own, **tiles, num_warps=4)]
 
-    InductorChoices.get_flex_attention_bwd_configs = configs
+    mock.patch.object(InductorChoices, choose.__name__, configs).start()
 
 
 def _block_mask(case: Case) -> BlockMask:
