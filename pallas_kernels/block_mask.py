@@ -12,11 +12,6 @@ from pallas_kernels.rules import Dense, Rule, check_rule
 
 __all__ = ["FULL", "PARTIAL", "BlockMask"]
 
-# (query, key) tiles. Small ones waste less of the causal triangle, large ones less time
-# on overhead: a short list wants the former, a long one the latter.
-_LARGEST_RULE_TILE = 128
-_DENSE_TILES = (512, 256)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,10 +48,11 @@ class BlockMask(BlockTables):
             query_length: T in tokens.
             key_length: S in tokens; None means T.
             query_block_size: tokens in a query tile; None means the rule's block,
-                halved while it is even and above 128, and 512 for `Dense`, but no
-                more than there are tokens.
-            key_block_size: tokens in a key tile; None means the same, and 256 for
-                `Dense`.
+                halved while it is even and above 128, and for `Dense` a power of two
+                from 128 to 512 that is at most a quarter of the tokens if it can be,
+                but no more than there are tokens.
+            key_block_size: tokens in a key tile; None means the same, and up to 256
+                for `Dense`.
             is_causal: drop tiles without any pair j <= i.
             window_size: drop tiles without any pair |i - j| < window_size.
             prefix_length: keys that causality does not hide (a prefix LM): keep
@@ -73,9 +69,9 @@ class BlockMask(BlockTables):
         check_integer("query_length", query_length)
         check_integer("key_length", key_length)
         if query_block_size is None:
-            query_block_size = _default_tile(rule, query_length, _DENSE_TILES[0])
+            query_block_size = tiles.default_tile(rule, query_length, "query")
         if key_block_size is None:
-            key_block_size = _default_tile(rule, key_length, _DENSE_TILES[1])
+            key_block_size = tiles.default_tile(rule, key_length, "key")
         geometry = tiles.Geometry(
             query_length,
             key_length,
@@ -387,12 +383,3 @@ class BlockMask(BlockTables):
                 "tile sizes, so that tiles follow the blocks of the rules"
             )
         return rule
-
-
-def _default_tile(rule: Rule, length: int, dense: int) -> int:
-    tile = rule.block_size
-    if tile is None:
-        return min(dense, length)
-    while tile % 2 == 0 and tile > _LARGEST_RULE_TILE:
-        tile //= 2
-    return min(tile, length)

@@ -6,6 +6,7 @@ implementation of each.
 """
 
 from types import ModuleType
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,13 @@ Offset = int | np.integer | Int[np.ndarray, ""] | Int[Array, ""]
 
 # Beyond it, distances between positions reach what `Geometry` calls unlimited.
 _FARTHEST = 2**29
+
+
+# Tiles where none are asked for. Small ones waste less of the causal triangle, large ones less
+# time on overhead: a short list wants the former, a long one the latter.
+_LARGEST_RULE_TILE = 128
+_LEAST_DENSE_TILE = 128
+_LARGEST_DENSE_TILE = {"query": 512, "key": 256}
 
 
 def namespace(array: object) -> ModuleType:
@@ -40,6 +48,18 @@ def as_scalar(offset: Offset) -> Int[np.ndarray, ""] | Int[Array, ""]:
     if not isinstance(offset, jax.Array) and abs(int(offset)) > _FARTHEST:
         raise ValueError(f"query_offset={offset} must be from -{_FARTHEST} to {_FARTHEST}")
     return namespace(offset).asarray(offset, np.int32)
+
+
+def default_tile(rule: Rule, length: int, side: Literal["query", "key"]) -> int:
+    """Returns the tokens in a tile where none are asked for; `BlockMask.from_rule` says which."""
+    tile = rule.block_size
+    if tile is None:
+        quarter = 1 << max(1, length // 4).bit_length() - 1
+        largest = max(_LEAST_DENSE_TILE, min(quarter, _LARGEST_DENSE_TILE[side]))
+        return min(largest, length)
+    while tile % 2 == 0 and tile > _LARGEST_RULE_TILE:
+        tile //= 2
+    return min(tile, length)
 
 
 def rule_pairs(

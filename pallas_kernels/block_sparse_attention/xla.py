@@ -22,8 +22,11 @@ from pallas_kernels.block_sparse_attention.rows import Layout
 from pallas_kernels.block_sparse_attention.xla_loops import Plan, Problem
 from pallas_kernels.targets import Target
 
-# Enough parallel work for an accelerator, 64 MiB in float32.
+# Scores computed together. Enough parallel work for an accelerator, 64 MiB in float32;
 _SCORES_IN_FLIGHT = 2**24
+# on a CPU 128 KiB, which a core's cache holds a few times over, and which products of small
+# blocks, a microsecond each, are worth starting for.
+_SCORES_IN_CACHE = 2**15
 
 _Arrays = TypeVar("_Arrays", bound=tuple[Array, ...])
 _Rows = Float[Array, "R Q H"]
@@ -45,7 +48,13 @@ def attend(call: Call, target: Target) -> tuple[Float[Array, "B T N H"], Float[A
         query_segments = layout.query_segments(segment_ids[0])
         key_segments = layout.key_segments(segment_ids[1])
     out, lse = _attend_rows(
-        Plan(layout.geometry, block_mask.inner_rule, call.scores, _lanes(layout)),
+        Plan(
+            layout.geometry,
+            block_mask.inner_rule,
+            call.scores,
+            _lanes(layout, _SCORES_IN_FLIGHT),
+            _lanes(layout, _SCORES_IN_CACHE),
+        ),
         layout.query_rows(call.query),
         layout.key_tiles(call.key),
         layout.key_tiles(call.value),
@@ -80,18 +89,18 @@ _attend_rows.defvjp(_attend_rows_fwd, _attend_rows_bwd)
 
 
 def _on_platform(loop: Callable[..., _Arrays], plan: Plan, *arrays: Any) -> _Arrays:
-    """Runs the loop row by row on a CPU, whose cache holds one tile of scores."""
-    row_by_row = dataclasses.replace(plan, lanes=1)
+    """Runs the loop, on a CPU with rows enough for its cache and no more."""
+    in_cache = dataclasses.replace(plan, lanes=plan.cpu_lanes)
     return lax.platform_dependent(
         *arrays,
-        cpu=functools.partial(loop, row_by_row),
+        cpu=functools.partial(loop, in_cache),
         default=functools.partial(loop, plan),
     )
 
 
-def _lanes(layout: Layout) -> int:
-    """Rows that an accelerator computes together: a divisor of the programs."""
+def _lanes(layout: Layout, scores: int) -> int:
+    """Rows that are computed together, up to a number of scores: a divisor of the programs."""
     geometry = layout.geometry
     tile = layout.folded * geometry.query_block_size * geometry.key_block_size
-    most = max(1, min(layout.programs, _SCORES_IN_FLIGHT // tile))
+    most = max(1, min(layout.programs, scores // tile))
     return max(n for n in range(1, most + 1) if layout.programs % n == 0)

@@ -22,12 +22,16 @@ _Carry = tuple[Array, Array, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static; `lanes` rows of different programs are computed together."""
+    """What is static; `lanes` rows of different programs are computed together.
+
+    On a CPU it is `cpu_lanes`.
+    """
 
     geometry: tiles.Geometry
     rule: Rule | None
     scores: Scores
     lanes: int
+    cpu_lanes: int
 
 
 class Problem(NamedTuple):
@@ -96,6 +100,9 @@ def backward(
     """Returns (dQ, dK, dV) from W = exp(S - lse), with X = Q K' the raw products.
 
     dV = W' dO,  dX = W (dO V' - rowsum(dO O) + dlse) dS/dX,  dQ = dX K,  dK = dX' Q
+
+    dK and dV are summed transposed, [U, H, P], as products dO' W and Q' dX: XLA's CPU backend
+    is four times slower where the first of two factors is transposed.
     """
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     shift = jnp.sum(d_out.astype(dtype) * out.astype(dtype), -1) - d_lse
@@ -107,6 +114,7 @@ def backward(
         rows: tuple[Array, Array, Array, Array, Lists, Array | None],
     ) -> tuple[tuple[Array, Array], Array]:
         q, d_o, row_lse, row_shift, lists, segments = rows
+        q_columns, d_o_columns = (x.swapaxes(1, 2) for x in (q, d_o))
 
         def read_tile(step: Array, carry: _Carry) -> _Carry:
             d_q, d_key, d_value = carry
@@ -120,8 +128,8 @@ def backward(
             # Masked again: 0 times a product that overflowed would be NaN.
             d_raw = jnp.where(mask, d_logits * plan.scores.slope(logits), 0)
             weights, d_raw = weights.astype(q.dtype), d_raw.astype(q.dtype)
-            d_value = visit.add(d_value, _product(weights, d_o, (1, 1), dtype))
-            d_key = visit.add(d_key, _product(d_raw, q, (1, 1), dtype))
+            d_value = visit.add(d_value, _product(d_o_columns, weights, (2, 1), dtype))
+            d_key = visit.add(d_key, _product(q_columns, d_raw, (2, 1), dtype))
             return d_q + _product(d_raw, k, (2, 1), dtype), d_key, d_value
 
         start = (jnp.zeros(q.shape, dtype), *sums)
@@ -130,9 +138,9 @@ def backward(
 
     stats = (lse[..., None], shift[..., None])
     rows = (query, d_out, *stats, problem.lists, problem.query_segments)
-    zeros = (jnp.zeros(key.shape, dtype), jnp.zeros(value.shape, dtype))
-    sums, d_query = lax.scan(attend, zeros, _in_groups(plan, rows))
-    d_key, d_value = (total.astype(key.dtype) for total in sums)
+    zeros = jnp.zeros_like(key.swapaxes(1, 2), dtype)
+    sums, d_query = lax.scan(attend, (zeros, zeros), _in_groups(plan, rows))
+    d_key, d_value = (total.swapaxes(1, 2).astype(key.dtype) for total in sums)
     return d_query.reshape(query.shape), d_key, d_value
 
 
@@ -153,8 +161,8 @@ class _Visit(NamedTuple):
         return source.at[self.tile].get(mode="promise_in_bounds")
 
     def add(
-        self, target: Float[Array, "U P H"], update: Float[Array, "L P H"]
-    ) -> Float[Array, "U P H"]:
+        self, target: Float[Array, "U H P"], update: Float[Array, "L H P"]
+    ) -> Float[Array, "U H P"]:
         """Adds to the tiles in place; rows of a group never share one."""
         tiles_of_rows = target.at[self.tile]
         return tiles_of_rows.add(update, mode="promise_in_bounds", unique_indices=True)

@@ -139,7 +139,7 @@ def test_past_the_count_the_last_entry_repeats():
 @pytest.mark.parametrize(
     ("rule", "tile"),
     [
-        (Dense(), (512, 256)),
+        (Dense(), (256, 256)),
         (Local(1024), (128, 128)),
         (Local(200), (100, 100)),
         (Local(129), (129, 129)),
@@ -153,9 +153,20 @@ def test_default_tiles(rule, tile):
     assert block_mask.inner_rule is None
 
 
-def test_default_tiles_are_no_longer_than_the_tokens():
-    block_mask = BlockMask.from_rule(Dense(), 1, 300, is_causal=True)
-    assert (block_mask.query_block_size, block_mask.key_block_size) == (1, 256)
+@pytest.mark.parametrize(
+    ("queries", "keys", "tile"),
+    [
+        (1, 3, (1, 3)),
+        (127, 300, (127, 128)),
+        (512, 512, (128, 128)),
+        (1023, 1024, (128, 256)),
+        (2047, 2048, (256, 256)),
+        (2048, 10**6, (512, 256)),
+    ],
+)
+def test_dense_tiles_are_small_where_the_sequence_is_short(queries, keys, tile):
+    block_mask = BlockMask.from_rule(Dense(), queries, keys, is_causal=True)
+    assert (block_mask.query_block_size, block_mask.key_block_size) == tile
 
 
 @pytest.mark.parametrize("rule", ["strided", "strided_groups"])

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -101,11 +102,10 @@ def test_pattern_per_kv_head_and_batch_with_soft_cap():
         compare(arrays(2, 37, 52, 4, 2), block_mask, is_causal=False, logits_soft_cap=1.5)
 
 
-@pytest.mark.parametrize("side_by_side", [False, True])
-def test_pattern_per_query_head_of_groups(side_by_side, monkeypatch):
-    """Accelerators compute rows of several programs side by side: here too."""
-    if side_by_side:
-        monkeypatch.setattr(xla, "_on_platform", lambda loop, plan, *arrays: loop(plan, *arrays))
+@pytest.mark.parametrize("scores_in_cache", [1, 2**15], ids=["one_by_one", "side_by_side"])
+def test_pattern_per_query_head_of_groups(scores_in_cache, monkeypatch):
+    """Small tiles of several programs are computed side by side, large ones one by one."""
+    monkeypatch.setattr(xla, "_SCORES_IN_CACHE", scores_in_cache)
     with jax.enable_x64(True):
         results = compare(
             arrays(2, 40, 40, 6, 2),
@@ -338,6 +338,16 @@ def test_memory_grows_with_tokens(rule):
     short, long = temporary(4096), temporary(16384)
     assert long < 16384**2
     assert long < 4.5 * short
+
+
+def test_no_product_has_a_transposed_left_factor():
+    """XLA's CPU backend takes four times as long where the left one is read by columns."""
+    block_mask = BlockMask.from_rule(Dense(), 256, is_causal=True)
+    run = functools.partial(with_gradients, is_causal=True, implementation="xla")
+    program = str(jax.make_jaxpr(run)(arrays(1, 256, 256, 2, 1, np.float32), block_mask))
+    axes = re.findall(r"dimension_numbers=\(\(\[(\d)\], \[\d\]\), \(\[0\], \[0\]\)\)", program)
+    products = 2 + 5
+    assert axes == ["2"] * products * 2  # for a CPU, and for what else there is
 
 
 def test_several_implementations_in_order():
