@@ -22,6 +22,7 @@ from sparseformer_jax.model.layers import (
     Projection,
     dropout,
     in_use,
+    project,
     soft_cap,
 )
 from sparseformer_jax.model.stack import LayerStack, Reports, group_layers, join_reports, layer_keys
@@ -208,7 +209,7 @@ class Transformer(nnx.Module):
         self, hidden: Float[Array, "B T D"], kernel: Float[Array, "D V"]
     ) -> Float[Array, "B T V"]:
         """Returns the logits of hidden states over the tokens whose columns are given."""
-        logits = jnp.einsum("btd,dv->btv", hidden, kernel)
+        logits = project(hidden, kernel)
         return soft_cap(logits.astype(self.config.softmax_dtype), self.config.logits_soft_cap)
 
     def _layer_keys(self, rng: jax.Array | None) -> Sequence[jax.Array | None]:
