@@ -8,6 +8,7 @@ tests/pallas_kernels is collected; the header says so, and `--no-skips` refuses 
 import fnmatch
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -19,16 +20,26 @@ from collections.abc import Callable, Iterator
 
 # Before JAX is imported: it reads the variables once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs of tests run once or twice: compiling them well would take longer than that.
 if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
-    os.environ["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    # Programs of tests run once or twice: compiling them well would take longer than that.
+    flags_of_xla = [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
         # Eight devices on few cores: collectives in one order, or they may never meet.
-        " --xla_cpu_enable_concurrency_optimized_scheduler=false"
-    )
-# Workers and the processes that tests start inherit the folder, and compile nothing twice.
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    ]
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        # Compiles in a quarter of the time. Later versions have the other emitters alone.
+        flags_of_xla.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags_of_xla)
+# Tests and the processes that they start compile nothing twice, however small it is.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"xla-cache-{os.getpid()}-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A folder for each worker: JAX may read what another process has written half of.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{os.environ['PYTEST_XDIST_WORKER']}"
 # Every worker would take three quarters of the memory of the one GPU that all share.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
@@ -96,9 +107,6 @@ def pytest_configure(config: pytest.Config) -> None:
             "ignore:.*typing.Hashable deprecated:"
             "beartype.roar.BeartypeDecorHintPep585DeprecationWarning",
         )
-    if os.environ["JAX_PLATFORMS"] != "cpu":
-        # Tests of the accelerator are one file, which loadscope would leave to one worker.
-        config.option.dist = config.option.dist.replace("loadscope", "worksteal")
 
 
 def pytest_report_header() -> list[str]:

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
 
 
-def start(config: ConfigDict, workdir: Path, *flags: str, num_devices: int = 1) -> subprocess.Popen:
+def start(
+    config: ConfigDict, workdir: Path, *flags: str, num_devices: int = 1, **env: str
+) -> subprocess.Popen:
     """Starts a training process whose output can be read line by line."""
     workdir.mkdir(parents=True, exist_ok=True)
     config_file = workdir.parent / f"{workdir.name}_config.py"
@@ -28,7 +30,7 @@ def start(config: ConfigDict, workdir: Path, *flags: str, num_devices: int = 1) 
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *flags],
         cwd=ROOT,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices)},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

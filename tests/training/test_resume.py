@@ -68,7 +68,9 @@ def _start_pair(config, workdir):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     cluster = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+    # The first alone writes compiled programs, and the second might read half of one.
+    env = ({}, {"JAX_ENABLE_COMPILATION_CACHE": "false"})
     return [
-        processes.start(config, workdir, *cluster, f"--process_id={i}", num_devices=4)
+        processes.start(config, workdir, *cluster, f"--process_id={i}", num_devices=4, **env[i])
         for i in range(2)
     ]
