@@ -95,11 +95,20 @@ def describe(config: ConfigDict) -> str:
         f"{resolved}\n\n"
         f"{summary(config, model_def)}\n"
         f"parameters: {cost.parameters:,} ({cost.trainable:,} trainable)\n"
+        f"{_learned_state(model_def)}"
         f"FLOPs per token: {units.count(cost.forward_flops)} forward, "
         f"{units.count(3 * cost.forward_flops)} training\n"
         f"memory per device: {units.size(state_bytes)} state, {units.size(temporary_bytes)} "
         f"gradients and activations (compiled for {jax.default_backend()}, mesh {_mesh(sizes)})\n"
         f"attention density at {config.data.seq_len} tokens:\n{densities}"
+    )
+
+
+def _learned_state(model_def: ModelDef) -> str:
+    """A line for each variable that no gradient moves, stacked as it scans."""
+    return "".join(
+        f"learned state: {name} {v.dtype}{list(v.shape)}, {v.type.__name__}, not by gradients\n"
+        for name, v in model_def.variables.items()
     )
 
 

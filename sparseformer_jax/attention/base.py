@@ -4,7 +4,7 @@ A method subclasses `Attention` and overrides `attend`, which sees local arrays 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -35,30 +35,41 @@ class AttentionOutput:
 
     Attributes:
       output: attended values, [B, T, N, H] from `attend`, [B, T, D] from the module.
-      losses: auxiliary losses by name, scalars already weighted.
+      losses: auxiliary losses by name, their coefficient included: of each token [B, T] from
+        `attend`; from the module their sum over tokens, each times its weight.
       diagnostics: numbers to look at by name, scalars.
+      statistics: sums over tokens by name, from which `update` makes new variables; from the
+        module in training only.
     """
 
     # Any: JAX also builds it of partitions and shapes.
     output: Any
     losses: Any = dataclasses.field(default_factory=dict)
     diagnostics: Any = dataclasses.field(default_factory=dict)
+    statistics: Any = dataclasses.field(default_factory=dict)
 
 
 class Attention(nnx.Module):
     """Attention with grouped queries; a subclass says which keys each query attends to.
 
     A method overrides `attend` and `density`; `layer_kinds` if its layers differ.
-    Parameters of its own are made after `super().__init__` and named with logical axes.
+    Parameters of its own are made after `super().__init__` and named with logical axes, and
+    so are variables that no gradient moves, which are of a subclass of `nnx.Variable`. What
+    those learn from, `attend` returns as statistics; `update` runs once a step.
 
     Attributes:
       needs: what `attend` reads of `inputs.ON_DEMAND`; the rest is not handed over.
+      gathers_keys: whether `attend` sees the keys of the whole sequence. If not it sees those
+        of its own part, and gathers what it makes of them by `shard.gather`.
+      statistics_axes: the statistics by name, with the logical axis of each dimension.
 
     Raises:
       ValueError: `needs` names anything else.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    gathers_keys: ClassVar[bool] = True
+    statistics_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
 
     def __init__(self, config: ModelConfig, options: Any, *, rngs: nnx.Rngs) -> None:
         if not self.needs <= ON_DEMAND:
@@ -100,8 +111,10 @@ class Attention(nnx.Module):
     def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns the attended values [B, T, N, H] of the local queries.
 
-        Losses and diagnostics are means over the local tokens and heads, so that their
-        mean over devices is that of the whole batch.
+        Losses are of each local query [B, T]. Statistics are sums over the local queries, or
+        over the keys at their places, which `inputs.weights` weighs. Both are means over the
+        local heads, where `statistics_axes` names none; diagnostics are means over local tokens
+        and heads. So they come to those of the whole batch.
 
         Args:
           inputs: what this device sees of the layer.
@@ -109,11 +122,27 @@ class Attention(nnx.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def update(
+        cls, options: Any, variables: dict[str, jax.Array], statistics: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """Returns the layer's variables after a step, those that change.
+
+        It runs after the optimiser, whatever the mesh, accumulation and remat.
+
+        Args:
+          options: of the layer.
+          variables: of the layer, but for parameters, by their paths in this module.
+          statistics: of the layer's whole batch.
+        """
+        return {}
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
+        weights: Float[Array, "B T"] | None = None,
         *,
         step: Any = 0,
         rng: Key[Array, ""] | None = None,
@@ -124,21 +153,28 @@ class Attention(nnx.Module):
           x: normalised residual stream.
           positions: of each token in its document, for the rotary embedding.
           segment_ids: document of each token; attention stays inside. None: one.
+          weights: of each token in losses and statistics; None: 1.
           step: of training, a scalar, for what follows a schedule.
           rng: randomness for training, None in evaluation.
         """
-        inputs = self._inputs(x, positions, segment_ids, step)
+        inputs = self._inputs(x, positions, segment_ids, weights, step)
         if mesh.is_active():
             attended = self._attend_sharded(inputs, rng)
         else:
             noise = None if rng is None else Noise(rng)
-            whole = Shard(num_heads=self.config.num_heads)
-            attended = self.attend(dataclasses.replace(inputs, noise=noise), whole)
-        output = self.out(attended.output)
-        return AttentionOutput(output, attended.losses, attended.diagnostics)
+            attended = self._attend(inputs, noise, Shard(num_heads=self.config.num_heads))
+        statistics = {} if rng is None else attended.statistics
+        return dataclasses.replace(
+            attended, output=self.out(attended.output), statistics=statistics
+        )
 
     def _inputs(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None, step: Any
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        weights: jax.Array | None,
+        step: Any,
     ) -> Inputs:
         """Projects and rotates; of all tokens and heads."""
         query, key, value = self.query(x), self.key(x), self.value(x)
@@ -148,39 +184,83 @@ class Attention(nnx.Module):
         if self.config.position == "rope":
             query = rotary(query, positions, self.config.rope_theta)
             key = rotary(key, positions, self.config.rope_theta)
+        if weights is None:
+            weights = jnp.ones_like(positions, jnp.float32)
         return Inputs(
             query,
             key,
             value,
+            weights=(weights, weights),
             positions=(positions, positions),
             segment_ids=None if segment_ids is None else (segment_ids, segment_ids),
             step=jnp.asarray(step),
             **{name: on_demand[name] for name in self.needs},
         )
 
+    def _attend(self, inputs: Inputs, noise: Noise | None, shard: Shard) -> AttentionOutput:
+        """Runs `attend`, and sums its losses over the local tokens."""
+        attended = self.attend(dataclasses.replace(inputs, noise=noise), shard)
+        weights, _ = inputs.weights
+        return dataclasses.replace(
+            attended,
+            losses={name: _weighed(name, x, weights) for name, x in attended.losses.items()},
+            statistics=jax.lax.stop_gradient(self._checked(attended.statistics)),
+        )
+
+    def _checked(self, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        ranks = {name: len(axes) for name, axes in self.statistics_axes.items()}
+        if {name: x.ndim for name, x in statistics.items()} != ranks:
+            shapes = {name: x.shape for name, x in statistics.items()}
+            raise ValueError(
+                f"statistics of shapes {shapes} are not those of "
+                f"{type(self).__name__}.statistics_axes={dict(self.statistics_axes)}"
+            )
+        return statistics
+
     def _attend_sharded(self, inputs: Inputs, rng: jax.Array | None) -> AttentionOutput:
-        """Runs `attend` on each device's queries and heads, keys gathered over `context`."""
-        inputs_spec = partition(inputs)
+        """Runs `attend` on each device's queries and heads, and sums over devices."""
+        inputs_spec = partition(inputs, gathers_keys=self.gathers_keys)
         inputs = jax.tree.map(jax.reshard, inputs, inputs_spec)
         graphdef, state = nnx.split(self)
         state, state_spec = _gather_parameters(state)
+        sums_spec = {name: mesh.spec(*axes) for name, axes in self.statistics_axes.items()}
+        token_axes = mesh.LOGICAL_AXES["batch"] + mesh.LOGICAL_AXES["seq"]
+        head_axes = mesh.LOGICAL_AXES["heads"]
 
         def local(state: Any, inputs: Inputs, rng: Any) -> AttentionOutput:
             noise = None if rng is None else local_noise(rng)
-            shard = local_shard(inputs, self.config.num_heads)
+            shard = local_shard(inputs, self.config.num_heads, gathers_keys=self.gathers_keys)
             module = nnx.merge(graphdef, state)
             with read_only(module):
-                attended = module.attend(dataclasses.replace(inputs, noise=noise), shard)
-            means = jax.lax.pmean((attended.losses, attended.diagnostics), mesh.AXES)
-            return AttentionOutput(attended.output, *means)
+                attended = module._attend(inputs, noise, shard)
+            return AttentionOutput(
+                attended.output,
+                jax.lax.pmean(jax.lax.psum(attended.losses, token_axes), head_axes),
+                jax.lax.pmean(attended.diagnostics, mesh.AXES),
+                {name: _summed(x, sums_spec[name]) for name, x in attended.statistics.items()},
+            )
 
         replicated = PartitionSpec()
         return jax.shard_map(
             local,
             in_specs=(state_spec, inputs_spec, replicated),
-            out_specs=AttentionOutput(inputs_spec.query, replicated, replicated),
+            out_specs=AttentionOutput(inputs_spec.query, replicated, replicated, sums_spec),
             check_vma=False,  # kernels inside are custom calls, which carry no such types
         )(state, inputs, rng)
+
+
+def _weighed(name: str, loss: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum of a loss over tokens."""
+    if loss.shape != weights.shape:
+        raise ValueError(f"loss {name!r} of shape {loss.shape}: give one a token, {weights.shape}")
+    return jnp.sum(weights * loss.astype(jnp.float32))
+
+
+def _summed(statistic: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """The sum over devices with other tokens; the mean over other heads, if entries have none."""
+    token_axes = mesh.LOGICAL_AXES["batch"] + mesh.LOGICAL_AXES["seq"]
+    others = tuple(axis for axis in mesh.AXES if axis not in (*token_axes, *spec))
+    return jax.lax.pmean(jax.lax.psum(statistic, token_axes), others)
 
 
 def _gather_parameters(state: nnx.State) -> tuple[nnx.State, nnx.State]:

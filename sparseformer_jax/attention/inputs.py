@@ -1,6 +1,7 @@
 """What a method sees of its layer: local arrays, where they lie, and noise to draw from."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,15 +14,17 @@ from sparseformer_jax import mesh
 # Segments of queries [B, T] and keys [B, S]; a query sees its own segment only.
 SegmentIds = tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
-# Logical axes of the arrays of `Inputs`; of pairs, those of queries and of keys.
-_QUERY, _KEY = ("batch", "seq", "heads", None), ("batch", None, "kv_heads", None)
-_TOKENS = (("batch", "seq"), ("batch", None))
+# Logical axes of the arrays of `Inputs`; of pairs, those of queries and of keys. "keys" is
+# "seq" for a method that takes its own part of the keys, and whole for the others.
+_QUERY, _KEY = ("batch", "seq", "heads", None), ("batch", "keys", "kv_heads", None)
+_TOKENS = (("batch", "seq"), ("batch", "keys"))
 _AXES: dict[str, Any] = {
     "query": _QUERY,
     "key": _KEY,
     "value": _KEY,
     "positions": _TOKENS,
     "segment_ids": _TOKENS,
+    "weights": _TOKENS,
     "step": (),
     "x": ("batch", "seq", None),
     "unrotated_query": _QUERY,
@@ -38,14 +41,24 @@ class Shard:
     """Where the local arrays of `attend` lie in the whole sequence and among all heads.
 
     Attributes:
-      query_offset: position of the first local query; keys always start at 0.
+      query_offset: position of the first local query.
+      key_offset: position of the first local key; 0 where a method's keys are gathered.
       head_offset: index of the first local query head.
       num_heads: query heads in all shards together.
+      seq_axes: axes of the mesh that cut the sequence.
     """
 
     query_offset: Any = 0
+    key_offset: Any = 0
     head_offset: Any = 0
     num_heads: int = dataclasses.field(default=0, metadata={"static": True})
+    seq_axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def gather(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        """Returns the parts of all devices that share a sequence, in its order, along `axis`."""
+        if not self.seq_axes:
+            return x
+        return jax.lax.all_gather(x, self.seq_axes, axis=axis, tiled=True)
 
 
 @jax.tree_util.register_dataclass
@@ -107,10 +120,12 @@ class Inputs:
 
     Attributes:
       query: [B, T, N, H], rotated.
-      key: [B, S, K, H], rotated, of the whole sequence, S >= T.
+      key: [B, S, K, H], rotated, of the whole sequence, S >= T; with `gathers_keys = False`
+        of the local part, S = T.
       value: [B, S, K, H].
       positions: in their documents, of queries [B, T] and of keys [B, S].
       segment_ids: the same of documents; a query sees its own only. None: there is one.
+      weights: the same, float32, of what tokens count in losses and statistics; 0: padding.
       step: of training, a scalar.
       noise: to draw from in training; None in evaluation.
       x: [B, T, D], the layer's normalised input. This and what follows is None, unless the
@@ -125,6 +140,7 @@ class Inputs:
     value: Any
     positions: Any = None
     segment_ids: Any = None
+    weights: Any = None
     step: Any = 0
     noise: Any = None
     x: Any = None
@@ -132,24 +148,30 @@ class Inputs:
     unrotated_key: Any = None
 
 
-def partition(inputs: Inputs) -> Inputs:
+def partition(inputs: Inputs, *, gathers_keys: bool) -> Inputs:
     """Returns how the arrays of `inputs` are divided over the mesh, None where there is none."""
+    keys = None if gathers_keys else "seq"
+
+    def placed(axes: Any) -> Any:
+        return mesh.spec(*(keys if axis == "keys" else axis for axis in axes))
 
     def spec(name: str, axes: Any) -> Any:
         if getattr(inputs, name) is None:
             return None
-        is_pair = axes is _TOKENS
-        return tuple(mesh.spec(*each) for each in axes) if is_pair else mesh.spec(*axes)
+        return tuple(map(placed, axes)) if axes is _TOKENS else placed(axes)
 
     return Inputs(**{name: spec(name, axes) for name, axes in _AXES.items()})
 
 
-def local_shard(inputs: Inputs, num_heads: int) -> Shard:
+def local_shard(inputs: Inputs, num_heads: int, *, gathers_keys: bool) -> Shard:
     """Returns where the arrays of this device lie; called where each device runs alone."""
+    query_offset = _shard_index("seq") * inputs.query.shape[1]
     return Shard(
-        query_offset=_shard_index("seq") * inputs.query.shape[1],
-        head_offset=_shard_index("heads") * inputs.query.shape[2],
+        query_offset=query_offset,
+        key_offset=0 if gathers_keys else query_offset,
+        head_offset=_shard_index("heads") * (num_heads // _shards("heads")),
         num_heads=num_heads,
+        seq_axes=_dividing("seq"),
     )
 
 
@@ -161,6 +183,17 @@ def local_noise(key: jax.Array) -> Noise:
 
 def _shard_index(axis: str) -> int | jax.Array:
     """This device's shard along a logical axis, static where the mesh does not divide it."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    dividing = tuple(name for name in mesh.LOGICAL_AXES[axis] if sizes[name] > 1)
+    dividing = _dividing(axis)
     return jax.lax.axis_index(dividing) if dividing else 0
+
+
+def _shards(axis: str) -> int:
+    """Into how many shards the mesh cuts a logical axis."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in _dividing(axis))
+
+
+def _dividing(axis: str) -> tuple[str, ...]:
+    """The axes of the mesh that cut a logical axis."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(name for name in mesh.LOGICAL_AXES[axis] if sizes[name] > 1)

@@ -1,6 +1,7 @@
 """Layers of equal kind, stacked and scanned: compile time does not grow with depth."""
 
-from collections.abc import Callable, Hashable, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -10,9 +11,24 @@ from jaxtyping import Array, Key
 
 from sparseformer_jax.model.read_only import read_only
 
-# Auxiliary losses and diagnostics by name.
-Reports = tuple[dict[str, jax.Array], dict[str, jax.Array]]
 Kind = TypeVar("Kind", bound=Hashable)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reports:
+    """What layers return beside the residual stream, by name.
+
+    Attributes:
+      losses: auxiliary, summed over weighted tokens and layers.
+      diagnostics: of a block a scalar, of a stack one number a layer that reports it.
+      statistics: sums over tokens; of a stack by the path of their module, the layers stacked
+        as its variables are.
+    """
+
+    losses: Any = dataclasses.field(default_factory=dict)
+    diagnostics: Any = dataclasses.field(default_factory=dict)
+    statistics: Any = dataclasses.field(default_factory=dict)
 
 
 def group_layers(kinds: Sequence[Kind]) -> list[tuple[tuple[Kind, ...], int]]:
@@ -72,10 +88,12 @@ class LayerStack(nnx.Module):
         segment_ids: jax.Array | None,
         keys: Key[Array, "layers"] | None,
         step: Any = 0,
+        weights: jax.Array | None = None,
     ) -> tuple[jax.Array, Reports]:
-        """Returns x after all layers, losses summed and diagnostics in layer order.
+        """Returns x after all layers, and what they report.
 
-        `keys` are the randomness of each layer, None in evaluation; `step` is training's.
+        `keys` are the randomness of each layer, None in evaluation; `step` is training's;
+        `weights` are those of tokens in losses and statistics.
         """
         graphdef, state = nnx.split(self.unit)
 
@@ -88,15 +106,18 @@ class LayerStack(nnx.Module):
             for index, block in enumerate(unit):
                 key = None if keys is None else keys[index]
                 with read_only(block):
-                    x, report = block(x, positions, segment_ids, key, step)
-                reports.append(report)
-            return x, _stack_reports(reports)
+                    x, report = block(x, positions, segment_ids, key, step, weights)
+                reports.append(_of_unit(report, f"unit/{index}"))
+            return x, join_reports(reports)
 
         if keys is not None:
             keys = keys.reshape(self.repeats, len(self.unit))
-        x, (losses, diagnostics) = jax.lax.scan(rematerialized(body, self.remat), x, (state, keys))
-        losses = {name: jnp.sum(values) for name, values in losses.items()}
-        return x, (losses, {name: values.reshape(-1) for name, values in diagnostics.items()})
+        x, reports = jax.lax.scan(rematerialized(body, self.remat), x, (state, keys))
+        return x, dataclasses.replace(
+            reports,
+            losses={name: jnp.sum(values) for name, values in reports.losses.items()},
+            diagnostics={name: v.reshape(-1) for name, v in reports.diagnostics.items()},
+        )
 
 
 def rematerialized(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
@@ -110,15 +131,23 @@ def rematerialized(function: Callable[..., Any], policy: str) -> Callable[..., A
 
 
 def join_reports(reports: Sequence[Reports]) -> Reports:
-    """Returns losses summed and diagnostics concatenated, by name."""
+    """Returns losses summed, diagnostics concatenated, and all statistics."""
     losses: dict[str, jax.Array] = {}
     diagnostics: dict[str, list[jax.Array]] = {}
-    for stack_losses, stack_diagnostics in reports:
-        for name, value in stack_losses.items():
+    statistics: dict[str, jax.Array] = {}
+    for report in reports:
+        for name, value in report.losses.items():
             losses[name] = losses.get(name, 0.0) + value
-        for name, values in stack_diagnostics.items():
+        for name, values in report.diagnostics.items():
             diagnostics.setdefault(name, []).append(values)
-    return losses, {name: jnp.concatenate(values) for name, values in diagnostics.items()}
+        statistics |= report.statistics
+    joined = {name: jnp.concatenate(values) for name, values in diagnostics.items()}
+    return Reports(losses, joined, statistics)
+
+
+def prefixed(statistics: Mapping[str, jax.Array], path: str) -> dict[str, jax.Array]:
+    """Returns statistics of a module by its path in another."""
+    return {f"{path}/{name}": value for name, value in statistics.items()}
 
 
 def layer_keys(key: Key[Array, ""], num_layers: int) -> Key[Array, "layers"]:
@@ -136,10 +165,10 @@ def _stack(maker: Callable[..., nnx.Module], keys: Key[Array, "layers"]) -> nnx.
     return nnx.merge(graphdef, jax.vmap(state)(keys))
 
 
-def _stack_reports(reports: Sequence[Reports]) -> Reports:
-    """Joins the reports of the blocks of a unit."""
-    expanded = [
-        (losses, {name: jnp.asarray(value)[None] for name, value in diagnostics.items()})
-        for losses, diagnostics in reports
-    ]
-    return join_reports(expanded)
+def _of_unit(report: Reports, path: str) -> Reports:
+    """The report of a block as one that joins with others of its unit."""
+    return Reports(
+        report.losses,
+        {name: jnp.asarray(value)[None] for name, value in report.diagnostics.items()},
+        prefixed(report.statistics, path),
+    )

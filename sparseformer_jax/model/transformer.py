@@ -25,7 +25,14 @@ from sparseformer_jax.model.layers import (
     project,
     soft_cap,
 )
-from sparseformer_jax.model.stack import LayerStack, Reports, group_layers, join_reports, layer_keys
+from sparseformer_jax.model.stack import (
+    LayerStack,
+    Reports,
+    group_layers,
+    join_reports,
+    layer_keys,
+    prefixed,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -35,13 +42,17 @@ class ModelOutput:
 
     Attributes:
       logits: [B, T, V], of the next token, or of the same one when not causal.
-      losses: auxiliary losses by name, scalars summed over layers.
+      losses: auxiliary losses by name, summed over layers and tokens, each token times its
+        weight: what `cross_entropy` returns the like of.
       diagnostics: by name, one number for each layer that reports it, in layer order.
+      statistics: sums over tokens from which variables learn, in training, named and stacked
+        as variables are: "stacks/0/unit/0/attention/counts".
     """
 
     logits: Any
     losses: dict[str, Any]
     diagnostics: dict[str, Any]
+    statistics: dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -51,13 +62,15 @@ class Features:
 
     Attributes:
       hidden: [B, T, D], the normalised residual stream after the last layer.
-      losses: as in `ModelOutput`.
-      diagnostics: as in `ModelOutput`.
+      losses: as in `ModelOutput`, and so are the others.
+      diagnostics: by layer.
+      statistics: sums over tokens.
     """
 
     hidden: Any
     losses: dict[str, Any]
     diagnostics: dict[str, Any]
+    statistics: dict[str, Any]
 
 
 class Block(nnx.Module):
@@ -81,15 +94,17 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
         rng: Key[Array, ""] | None,
         step: Any = 0,
+        weights: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Reports]:
         """Returns the residual stream after the block, and what attention reported."""
         rngs = (None,) * 3 if rng is None else jax.random.split(rng, 3)
         attended = self.attention(
-            self.attention_norm(x), positions, segment_ids, step=step, rng=rngs[0]
+            self.attention_norm(x), positions, segment_ids, weights, step=step, rng=rngs[0]
         )
         x = x + dropout(attended.output, self.dropout, rngs[1])
         x = x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, rngs[2])
-        return x, (attended.losses, attended.diagnostics)
+        statistics = prefixed(attended.statistics, "attention")
+        return x, Reports(attended.losses, attended.diagnostics, statistics)
 
 
 class Transformer(nnx.Module):
@@ -161,30 +176,33 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        weights: Float[Array, "B T"] | None = None,
         *,
         rng: Key[Array, ""] | None = None,
     ) -> ModelOutput:
-        """Returns logits, auxiliary losses and diagnostics; the arguments are `features`'."""
-        features = self.features(tokens, positions, segment_ids, rng=rng)
+        """Returns logits and what layers report; the arguments are `features`'."""
+        features = self.features(tokens, positions, segment_ids, weights, rng=rng)
         logits = self.logits(features.hidden, self.output_kernel())
-        return ModelOutput(logits, features.losses, features.diagnostics)
+        return ModelOutput(logits, features.losses, features.diagnostics, features.statistics)
 
     def features(
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        weights: Float[Array, "B T"] | None = None,
         *,
         rng: Key[Array, ""] | None = None,
     ) -> Features:
-        """Returns what the output head reads, auxiliary losses and diagnostics.
+        """Returns what the output head reads, and what layers report.
 
         Args:
           tokens: token ids below `vocab_size`; under jit, where values are not known, one
             beyond it takes the last row of the embedding, as indexing does in JAX.
           positions: of each token in its document; None: 0, 1, ..., T-1.
           segment_ids: document of each token, which attention does not leave; None: one.
-          rng: randomness for training; None: no dropout.
+          weights: of each token in auxiliary losses and statistics; None: 1.
+          rng: randomness for training; None: no dropout and no statistics.
         """
         _check_vocabulary(tokens, self.config.vocab_size)
         if positions is None:
@@ -193,10 +211,13 @@ class Transformer(nnx.Module):
         embed_rng, layers_rng = (None, None) if rng is None else jax.random.split(rng)
         x = dropout(self._embed(tokens, positions), self.config.dropout, embed_rng)
         reports = []
-        for stack, keys in zip(self.stacks, self._layer_keys(layers_rng), strict=True):
-            x, report = stack(x, positions, segment_ids, keys, self.step)
-            reports.append(report)
-        return Features(self.final_norm(x), *join_reports(reports))
+        keys = self._layer_keys(layers_rng)
+        for index, (stack, own_keys) in enumerate(zip(self.stacks, keys, strict=True)):
+            x, report = stack(x, positions, segment_ids, own_keys, self.step, weights)
+            statistics = prefixed(report.statistics, f"stacks/{index}")
+            reports.append(dataclasses.replace(report, statistics=statistics))
+        joined = join_reports(reports)
+        return Features(self.final_norm(x), joined.losses, joined.diagnostics, joined.statistics)
 
     def output_kernel(self) -> Float[Array, "D V"]:
         """Returns the matrix of the output head, ready for use: cast and gathered."""

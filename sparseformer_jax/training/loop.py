@@ -40,7 +40,7 @@ from sparseformer_jax.training.workdir import (
 )
 
 # Numbers of a step that must be finite before its state is saved or used again.
-FINITE = ("total_loss", "grad_norm", "update_norm", "param_norm")
+FINITE = ("total_loss", "grad_norm", "update_norm", "param_norm", "variable_norm")
 
 
 def train(
@@ -238,7 +238,7 @@ class Run:
 
     def _report(self, step: int, metrics: dict[str, Any]) -> None:
         """Checks the numbers of a step, and writes them when due."""
-        checked = {name: float(metrics[name]) for name in FINITE}
+        checked = {name: float(metrics[name]) for name in FINITE if name in metrics}
         if not all(map(math.isfinite, checked.values())):
             raise NonFiniteError(self._describe_failure(step, checked, metrics["nonfinite"]))
         self._writer.advance(step)
@@ -257,10 +257,11 @@ class Run:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in checked.items())
         nonfinite = self.model_def.to_layers(nonfinite)
         names = [name for name, bad in jax.device_get(nonfinite).items() if bad]
-        where = "each parameter and its gradient alone are finite"
+        where = "each parameter, gradient and variable alone is finite"
         if names:
             where = (
-                f"{len(names)} of {len(nonfinite)} parameters or their gradients are not finite: "
+                f"{len(names)} of {len(nonfinite)} parameters (or their gradients) and variables "
+                "are not finite: "
                 f"{', '.join(names[:4])}"
             )
         self.checkpoints.wait()

@@ -1,6 +1,5 @@
-"""One optimiser step: loss, accumulated gradients, clipping, update."""
+"""One optimiser step: loss, accumulated gradients, clipping, update, learned state."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sparseformer_jax.model.loss import cross_entropy
+from sparseformer_jax.training.learned_state import update_variables
 from sparseformer_jax.training.state import ModelDef, Params, TrainState
 
 Batch = dict[str, jax.Array]  # each [A, B/A, T]: accumulation pieces, rows, tokens
@@ -23,16 +23,17 @@ def make_train_step(
     The loss is the mean over all weighted targets of the whole batch, so the pieces of
     an accumulated batch give the gradient of the batch at once:
 
-        sum_i w_i (nll_i + z_loss log(Z_i)^2) / sum_i w_i + auxiliary losses
+        sum_i w_i (nll_i + z_loss log(Z_i)^2 + auxiliary losses_i) / sum_i w_i
 
-    Auxiliary losses and diagnostics are means over a piece; each piece counts by its share of
-    the weights. Gradients add up, are measured, clipped and applied in float32, whatever
-    the dtypes of parameters and optimiser state.
+    Diagnostics are means over a piece; each piece counts by its share of the weights.
+    Gradients add up, are measured, clipped and applied in float32, whatever the dtypes of
+    parameters and optimiser state. Variables that no gradient moves follow the statistics of
+    the whole batch, which the forward pass takes with the variables of before.
 
-    Metrics are scalars, but for "nonfinite": parameter name -> whether its gradient, or the
-    square of its new value, is, for each layer that is stacked in it. Norms are global, over
-    the trainable parameters: "grad_norm" before clipping, "update_norm" of what is added,
-    "param_norm" after it is added.
+    Metrics are scalars, but for "nonfinite": name -> whether a parameter's gradient, or the
+    square of its new value or of a variable's, is, for each layer that is stacked in it. Norms
+    are global, over the trainable parameters: "grad_norm" before clipping, "update_norm" of
+    what is added, "param_norm" after it is added; "variable_norm" is that of the variables.
     """
     train = model_def.config.train
     names = model_def.trainable()
@@ -40,52 +41,57 @@ def make_train_step(
 
     def piece_loss(
         trainable: Params, state: TrainState, batch: Batch, rng: jax.Array, total: jax.Array
-    ) -> tuple[jax.Array, Metrics]:
+    ) -> tuple[jax.Array, tuple[Metrics, Params]]:
         model = model_def.model({**state.params, **trainable}, state.variables, state.step)
-        output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
+        inputs = (batch[name] for name in ("inputs", "positions", "segment_ids", "weights"))
+        output = model.features(*inputs, rng=rng)
         nll, log_z2 = cross_entropy(model, output.hidden, batch["targets"], batch["weights"])
         share = jnp.sum(batch["weights"]) / total
-        auxiliary = {name: share * value for name, value in output.losses.items()}
+        auxiliary = {name: value / total for name, value in output.losses.items()}
         loss = (nll + train.z_loss * log_z2) / total + sum(auxiliary.values())
         reports = {name: share * jnp.mean(value) for name, value in output.diagnostics.items()}
-        return loss, {"loss": nll / total, "total_loss": loss, **auxiliary, **reports}
+        metrics = {"loss": nll / total, "total_loss": loss, **auxiliary, **reports}
+        return loss, (metrics, output.statistics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable = {name: state.params[name] for name in names}
         total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
 
-        def gradients(piece: Batch, rng: jax.Array) -> tuple[Params, Metrics]:
+        def gradients(piece: Batch, rng: jax.Array) -> tuple[Params, tuple[Metrics, Params]]:
             grad = jax.grad(piece_loss, has_aux=True)
             return _in_float32(grad(trainable, state, piece, rng, total))
 
-        grads, metrics = _accumulate(gradients, batch, rng)
+        grads, (metrics, statistics) = _accumulate(gradients, batch, rng)
         grad_squares = _squares(model_def, grads)
         norm = _norm(grad_squares)
         grads = _clip(grads, norm, model_def.config.optimizer.clip_norm)
         updates, opt_state = _update(optimizer, grads, state.opt_state, trainable)
         updated = optax.apply_updates(trainable, updates)
+        variables = update_variables(model_def, state.variables, statistics)
         squares = _squares(model_def, updated)
+        variable_squares = _squares(model_def, _floating(variables))
         metrics |= {
             "grad_norm": norm,
             "update_norm": _norm(_squares(model_def, updates)),
             "param_norm": _norm(squares),
             "learning_rate": schedule(state.step),
             "tokens": total,
-            "nonfinite": {n: ~jnp.isfinite(grad_squares[n] + squares[n]) for n in names},
+            "nonfinite": {n: ~jnp.isfinite(grad_squares[n] + squares[n]) for n in names}
+            | {n: ~jnp.isfinite(x) for n, x in variable_squares.items()},
         }
+        if variable_squares:
+            metrics["variable_norm"] = _norm(variable_squares)
         params = {**state.params, **updated}
-        return dataclasses.replace(
-            state, step=state.step + 1, params=params, opt_state=opt_state
-        ), metrics
+        return TrainState(state.step + 1, params, variables, opt_state), metrics
 
     return train_step
 
 
 def _accumulate(
-    gradients: Callable[[Batch, jax.Array], tuple[Params, Metrics]], batch: Batch, rng: jax.Array
-) -> tuple[Params, Metrics]:
-    """Sums gradients and metrics over the pieces of a batch."""
+    gradients: Callable[[Batch, jax.Array], tuple[Params, Any]], batch: Batch, rng: jax.Array
+) -> tuple[Params, Any]:
+    """Sums gradients, metrics and statistics over the pieces of a batch."""
     pieces = jax.tree.leaves(batch)[0].shape[0]
     first = jax.tree.map(lambda x: x[0], batch)
     if pieces == 1:
@@ -104,6 +110,11 @@ def _squares(model_def: ModelDef, tree: Params) -> dict[str, jax.Array]:
         name: jnp.sum(jnp.square(x.astype(jnp.float32)), axis=model_def.layer_axes(name))
         for name, x in tree.items()
     }
+
+
+def _floating(variables: Params) -> Params:
+    """Those that could be other than finite."""
+    return {n: x for n, x in variables.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
 def _norm(squares: dict[str, jax.Array]) -> jax.Array:

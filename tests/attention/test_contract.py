@@ -46,17 +46,20 @@ MESHES = [
 ]
 
 
-def forward(model_def, params, batch, rng=None):
-    model = model_def.model(params, {}, 0)
+def forward(model_def, variables, params, batch, rng=None):
+    model = model_def.model(params, variables, 0)
     return model(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
 
 
-def total_loss(model_def, params, batch):
-    model = model_def.model(params, {}, 0)
+def total_loss(model_def, params, variables, batch):
+    """The training loss, and the statistics that the method's state learns from."""
+    model = model_def.model(params, variables, 0)
     rng = jax.random.key(0)  # a method's noise is the same wherever it is drawn
-    output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"], rng=rng)
+    inputs = (batch[name] for name in ("inputs", "positions", "segment_ids", "weights"))
+    output = model.features(*inputs, rng=rng)
     nll, _ = cross_entropy(model, output.hidden, batch["targets"], batch["weights"])
-    return nll / jnp.sum(batch["weights"]) + sum(output.losses.values())
+    loss = nll + sum(output.losses.values())
+    return loss / jnp.sum(batch["weights"]), output.statistics
 
 
 @dataclasses.dataclass
@@ -76,17 +79,28 @@ class Subject:
         return {name: random_parameter(name, v.shape) for name, v in params.items()}
 
     @functools.cached_property
-    def forward(self):
-        return jax.jit(functools.partial(forward, self.model_def))
+    def variables(self):
+        """Those of the method beside its parameters, as they are before training."""
+        if not self.model_def.variables:
+            return {}
+        with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
+            _, variables = self.model_def.init(jax.random.key(0))
+        return jax.tree.map(jnp.asarray, jax.device_get(variables))
 
     @functools.cached_property
-    def loss_and_gradients(self):
-        return self.gradients_of(self.config, self.params, self.batch)
+    def forward(self):
+        return jax.jit(functools.partial(forward, self.model_def, self.variables))
+
+    @functools.cached_property
+    def gradients(self):
+        """Loss and statistics, and the gradients."""
+        return self.gradients_of(self.config, self.params, self.variables, self.batch)
 
     @staticmethod
-    def gradients_of(config, params, batch):
+    def gradients_of(config, params, variables, batch):
         loss = functools.partial(total_loss, ModelDef(config))
-        return jax.device_get(jax.jit(jax.value_and_grad(loss))(params, batch))
+        gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        return jax.device_get(gradients(params, variables, batch))
 
     def changed(self, **model):
         config = self.config.copy_and_resolve_references()
@@ -153,7 +167,7 @@ def test_attention_is_the_same_compiled_or_not(subject):
 
 
 def test_every_parameter_has_a_finite_gradient(subject):
-    _, gradients = subject.loss_and_gradients
+    _, gradients = subject.gradients
     assert set(subject.model_def.trainable()) <= set(gradients)
     for name in subject.model_def.trainable():
         assert np.isfinite(gradients[name]).all(), name
@@ -256,7 +270,7 @@ def test_density_is_the_fraction_of_pairs_attended(subject):
 
 def test_dropout_is_a_function_of_the_key(subject):
     model_def = ModelDef(subject.changed(dropout=0.3))
-    run = jax.jit(functools.partial(forward, model_def))
+    run = jax.jit(functools.partial(forward, model_def, subject.variables))
     first, again, other = (
         run(subject.params, subject.batch, jax.random.key(seed)).logits for seed in (0, 0, 1)
     )
@@ -268,14 +282,14 @@ def test_dropout_is_a_function_of_the_key(subject):
 @pytest.mark.representative("*-full")
 def test_recomputing_changes_nothing(subject, remat):
     config = subject.changed(remat=remat)
-    actual = subject.gradients_of(config, subject.params, subject.batch)
-    assert_close(actual, subject.loss_and_gradients, 1e-5)
+    actual = subject.gradients_of(config, subject.params, subject.variables, subject.batch)
+    assert_close(actual, subject.gradients, 1e-5)
 
 
 def test_scan_is_a_loop_over_layers(subject):
     @jax.jit
     def looped(params, batch):
-        model = subject.model_def.model(params, {}, 0)
+        model = subject.model_def.model(params, subject.variables, 0)
         x, reports = model.embedding(batch["inputs"]), []
         for block in layers(model):
             x, report = block(x, batch["positions"], batch["segment_ids"], None)
@@ -287,15 +301,16 @@ def test_scan_is_a_loop_over_layers(subject):
     assert len(reports) == subject.config.model.num_layers
     assert_close(output.logits, logits, 1e-5)
     for name, total in output.losses.items():
-        assert_close(total, sum(losses.get(name, 0) for losses, _ in reports), 1e-5)
+        assert_close(total, sum(report.losses.get(name, 0) for report in reports), 1e-5)
     for name, values in output.diagnostics.items():
-        expected = [numbers[name] for _, numbers in reports if name in numbers]
+        found = [report.diagnostics for report in reports]
+        expected = [numbers[name] for numbers in found if name in numbers]
         assert_close(values, jnp.stack(expected), 1e-5)
 
 
 def test_bfloat16_is_near_float32(subject):
     model_def = ModelDef(subject.changed(compute_dtype="bfloat16"))
-    run = jax.jit(functools.partial(forward, model_def))
+    run = jax.jit(functools.partial(forward, model_def, subject.variables))
     actual = run(subject.params, subject.batch).logits
     expected = subject.forward(subject.params, subject.batch).logits
     assert actual.dtype == jnp.float32
@@ -307,21 +322,24 @@ def test_bfloat16_is_near_float32(subject):
 @pytest.mark.representative("*'data': 2, 'fsdp': 2*", "*'tensor': 2, 'context': 2*")
 def test_loss_and_gradients_do_not_depend_on_the_mesh(subject, sizes):
     with jax.set_mesh(mesh.make_mesh(sizes)):
-        placed, _ = subject.model_def.abstract(jax.sharding.get_mesh())
-        params = {
-            name: jax.device_put(x, placed[name].sharding) for name, x in subject.params.items()
-        }
+        places = subject.model_def.abstract(jax.sharding.get_mesh())
+        params, variables = jax.tree.map(
+            lambda x, place: jax.device_put(x, place.sharding),
+            (subject.params, subject.variables),
+            places,
+        )
         batch = {name: put(x, "batch", "seq") for name, x in subject.batch.items()}
-        actual = subject.gradients_of(subject.config, params, batch)
-    assert_close(actual, subject.loss_and_gradients, 1e-5)
+        actual = subject.gradients_of(subject.config, params, variables, batch)
+    assert_close(actual, subject.gradients, 1e-5)
 
 
 def test_parameters_survive_merging(subject):
-    model = subject.model_def.model(subject.params, {}, 0)
+    model = subject.model_def.model(subject.params, subject.variables, 0)
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     found = {"/".join(map(str, path)): leaf[...] for path, leaf in flat.items()}
-    assert found.keys() == subject.params.keys()
+    expected = subject.params | subject.variables
+    assert found.keys() == expected.keys()
     for name, value in found.items():
-        np.testing.assert_array_equal(value, subject.params[name], err_msg=name)
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
     made = nnx.eval_shape(lambda: make_model(subject.config, rngs=nnx.Rngs(1)))
     assert nnx.graphdef(model) == nnx.graphdef(made)

@@ -15,7 +15,7 @@ from sparseformer_jax.training.step import make_train_step
 from tests.model.harness import assert_close, put
 
 METHOD = '''
-"""Dense attention whose heads are weighed, and asked to weigh little."""
+"""Dense attention whose heads are weighed, asked to weigh little, and divided by their size."""
 
 import dataclasses
 
@@ -32,20 +32,38 @@ class Options:
     implementation: str | None = None
 
 
+class Size(nnx.Variable):
+    """The size of a head's output, a moving average."""
+
+
 class Method(dense.Method):
+    statistics_axes = {"total": ("heads",), "tokens": ()}
+
     def __init__(self, config, options, *, rngs):
         super().__init__(config, options, rngs=rngs)
         first = 1.0 + jnp.arange(config.num_heads)
         self.weight = nnx.Param(first / config.num_heads, axes=("heads",))
+        self.size = Size(jnp.ones(config.num_heads), axes=("heads",))
 
     def attend(self, inputs, shard):
         attended = super().attend(inputs, shard)
-        weight = self.weight[...]
+        weight, size = self.weight[...], self.size[...]
+        weights, _ = inputs.weights
+        sizes = jnp.linalg.norm(attended.output, axis=-1)
         return AttentionOutput(
-            attended.output * weight[:, None],
-            {"head_penalty": self.options.penalty * jnp.mean(weight**2)},
-            {"head_weight": jnp.mean(weight)},
+            attended.output * (weight / size)[:, None],
+            {"head_penalty": jnp.full(weights.shape, self.options.penalty * jnp.mean(weight**2))},
+            {"head_weight": jnp.mean(weight), "head_size": jnp.mean(sizes)},
+            {
+                "total": jnp.einsum("btn,bt->n", sizes, weights),
+                "tokens": jnp.sum(weights),
+            },
         )
+
+    @classmethod
+    def update(cls, options, variables, statistics):
+        mean = statistics["total"] / statistics["tokens"]
+        return {"size": 0.9 * variables["size"] + 0.1 * mean}
 '''
 
 CONFIG = """
@@ -99,12 +117,12 @@ def train(config, batch, device_mesh, state=None):
         for _ in range(2):
             state, measured = step(state, batch)
             metrics.append(measured)
-        return jax.device_get((start, metrics, state.params))
+        return jax.device_get((start, metrics, (state.params, state.variables)))
 
 
 def test_a_new_method_trains_on_any_mesh(config, batch):
     one_device = mesh.make_mesh({}, jax.devices()[:1])
-    start, metrics, params = train(config, batch, one_device)
+    start, metrics, (params, variables) = train(config, batch, one_device)
     first, second = metrics
     weights = (1 + np.arange(4)) / 4
     assert first["head_weight"] == pytest.approx(weights.mean())
@@ -115,9 +133,13 @@ def test_a_new_method_trains_on_any_mesh(config, batch):
     assert second["head_penalty"] < first["head_penalty"]
     (name,) = (name for name in params if name.endswith("attention/weight"))
     assert jnp.abs(params[name] - weights).min() > 1e-4
+    seen = 0.1 * second["head_size"] + 0.09 * first["head_size"]
+    (name,) = variables
+    assert variables[name].mean() == pytest.approx(0.81 + seen)
+    assert np.ptp(variables[name]) > 1e-3
 
     eight_devices = mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     sharded = train(config, batch, eight_devices, start)
     # AdamW divides by the gradient's size, so rounding in tiny gradients grows.
     assert_close(sharded[1], metrics, 1e-5)
-    assert_close(sharded[2], params, 1e-3)
+    assert_close(sharded[2], (params, variables), 1e-3)

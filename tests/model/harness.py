@@ -36,7 +36,7 @@ from sparseformer_jax.attention.dense import Options as Options
 class Method(dense.Method):
     def attend(self, *arguments):
         output = super().attend(*arguments).output
-        losses = {"energy": 20 * jnp.mean(jnp.square(output))}
+        losses = {"energy": 20 * jnp.mean(jnp.square(output), axis=(2, 3))}
         return AttentionOutput(output, losses, {"density": jnp.mean(jnp.abs(output))})
 '''
 
@@ -148,7 +148,8 @@ def attention_weights(attention, query, key, segment_ids=None):
 
     ids = None if segment_ids is None else (repeat(segment_ids),) * 2
     shard = Shard(num_heads=query.shape[2])
-    inputs = Inputs(repeat(query), repeat(key), value, segment_ids=ids)
+    weights = jnp.ones((chunks * batch, query.shape[1])), jnp.ones((chunks * batch, num_keys))
+    inputs = Inputs(repeat(query), repeat(key), value, segment_ids=ids, weights=weights)
     attended = attention.attend(inputs, shard).output
     weights = jnp.moveaxis(attended.reshape(chunks, batch, *attended.shape[1:]), 0, -2)
     return weights.reshape(*weights.shape[:-2], -1)[..., :num_keys].swapaxes(1, 2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparseformer_jax.model.stack import LayerStack, group_layers, layer_keys
+from sparseformer_jax.model.stack import LayerStack, Reports, group_layers, layer_keys
 from tests.model.harness import assert_close, layers, normal
 
 
@@ -58,11 +58,11 @@ class Toy(nnx.Module):
         self.kind = kind
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (5, 5)) / 3)
 
-    def __call__(self, x, positions, segment_ids, rng, step=0):
+    def __call__(self, x, positions, segment_ids, rng, step=0, weights=None):
         noise = 0 if rng is None else jax.random.normal(rng, x.shape)
         x = jnp.sin(jnp.sin(x @ self.weight[...])) + positions + noise
         losses = {"size": jnp.sum(x)} if self.kind == "a" else {}
-        return x, (losses, {"mean": jnp.mean(x)})
+        return x, Reports(losses, {"mean": jnp.mean(x)}, {"sum": jnp.sum(x)})
 
 
 def make_stack(kinds="ab", repeats=3, remat="none"):
@@ -79,14 +79,19 @@ def toys(stack):
 
 def test_a_stack_is_its_layers_one_after_another():
     stack = make_stack()
-    x, means, sizes = X, [], []
+    x, reports = X, []
     for layer in toys(stack):
-        x, (losses, diagnostics) = layer(x, POSITIONS, None, None)
-        means.append(diagnostics["mean"])
-        sizes += losses.values()
-    assert (len(means), len(sizes)) == (6, 3)
-    expected = x, ({"size": sum(sizes)}, {"mean": jnp.stack(means)})
-    assert_close(stack(X, POSITIONS, None, None), expected, 1e-6)
+        x, report = layer(x, POSITIONS, None, None)
+        reports.append(report)
+    sizes = [report.losses["size"] for report in reports if report.losses]
+    assert (len(reports), len(sizes)) == (6, 3)
+    sums = jnp.stack([report.statistics["sum"] for report in reports])
+    expected = Reports(
+        {"size": sum(sizes)},
+        {"mean": jnp.stack([report.diagnostics["mean"] for report in reports])},
+        {"unit/0/sum": sums[0::2], "unit/1/sum": sums[1::2]},
+    )
+    assert_close(stack(X, POSITIONS, None, None), (x, expected), 1e-6)
 
 
 def test_layers_start_differently():
@@ -100,8 +105,8 @@ def test_every_layer_has_its_own_randomness():
 
     def noise(seed):
         keys = layer_keys(jax.random.key(seed), 6)
-        _, (_, diagnostics) = stack(X, POSITIONS, None, keys)
-        return set(diagnostics["mean"].tolist())
+        _, reports = stack(X, POSITIONS, None, keys)
+        return set(reports.diagnostics["mean"].tolist())
 
     assert noise(0) == noise(0)
     assert len(noise(0) | noise(1)) == 12

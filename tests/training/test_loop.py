@@ -117,7 +117,7 @@ def fail(config, workdir, match):
 
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
     """Parameters of 1e16 are finite, what attention makes of them is not."""
-    match = r"step 2: total_loss nan, .*gradients are not finite: .*/"
+    match = r"step 2: total_loss nan, .*variables are not finite: .*/"
     message, latest = fail(diverging(config, 1e16), tmp_path, match)
     assert latest == 1
     assert "the last good checkpoint is step 1" in message
@@ -136,7 +136,7 @@ def test_a_norm_that_overflows_alone_names_no_parameter(config, tmp_path):
     """The squares of all parameters do not fit float32, those of the largest do."""
     size = sum(variable.size for variable in ModelDef(config).params.values())
     rate = 1.2 * float(np.sqrt(np.finfo(np.float32).max / size))
-    match = r"step 1: .*param_norm inf; each parameter and its gradient alone are finite; "
+    match = r"step 1: .*param_norm inf; each parameter, gradient and variable alone is finite; "
     assert fail(diverging(config, rate), tmp_path, match)[1] is None
 
 

@@ -77,7 +77,7 @@ def objective_of(config):
     model_def = ModelDef(config)
 
     def objective(params, piece, total):
-        inputs = (piece[name] for name in ("inputs", "positions", "segment_ids"))
+        inputs = (piece[name] for name in ("inputs", "positions", "segment_ids", "weights"))
         output = model_def.model(params, {}, 0)(*inputs)
         logits, weights = output.logits, piece["weights"]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, piece["targets"])
@@ -85,7 +85,7 @@ def objective_of(config):
         share = jnp.sum(weights) / total
         terms = {
             "loss": jnp.sum(weights * nll) / total,
-            "energy": share * output.losses["energy"],
+            "energy": output.losses["energy"] / total,
             "density": share * jnp.mean(output.diagnostics["density"]),
         }
         z_loss = Z_LOSS * jnp.sum(weights * log_z2) / total

@@ -1,17 +1,13 @@
 """One optimiser step: accumulation, clipping, frozen parameters, every mesh."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
 
-from sparseformer_jax import mesh, registry
-from sparseformer_jax.config import from_json, to_json
-from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
-from sparseformer_jax.training.state import ModelDef, abstract_state, init_state
-from sparseformer_jax.training.step import make_train_step
+from sparseformer_jax import registry
+from sparseformer_jax.training.state import ModelDef
 from tests.model.harness import PENALISED
+from tests.training.steps import packed_batch, train
 
 MESHES = {
     "data": {"data": 8},
@@ -21,57 +17,9 @@ MESHES = {
 }
 
 
-@functools.cache
-def programs(config_json, device_mesh):
-    """Functions that make the first state and take a step, compiled once for a config and mesh."""
-    config = from_json(config_json)
-    model_def = ModelDef(config)
-    params = {name: model_def.params[name] for name in model_def.trainable()}
-    optimizer = make_optimizer(config.optimizer, 10, params)
-    abstract = abstract_state(model_def, optimizer, device_mesh)
-    start = jax.jit(lambda: init_state(model_def, optimizer, jax.random.key(0)))
-    step = make_train_step(model_def, optimizer, make_schedule(config.optimizer, 10))
-    return abstract, start, jax.jit(step)
-
-
-def train(config, sizes, batch, num_steps=3):
-    """Returns losses, the last metrics and the state after a few steps on a mesh."""
-    devices = jax.devices()[: int(np.prod(list(sizes.values()), dtype=int))]
-    device_mesh = mesh.make_mesh(sizes, devices)
-    with jax.set_mesh(device_mesh):
-        abstract, start, step = programs(to_json(config), device_mesh)
-        state = start()
-        assert jax.tree.map(lambda x: x.sharding.spec, state.params) == jax.tree.map(
-            lambda x: x.sharding.spec, abstract.params
-        )
-        pieces = config.train.accumulation_steps
-        sharding = jax.NamedSharding(device_mesh, mesh.spec(None, "batch", "seq"))
-        placed = {
-            name: jax.device_put(array.reshape(pieces, -1, array.shape[-1]), sharding)
-            for name, array in batch.items()
-        }
-        losses = []
-        for _ in range(num_steps):
-            state, metrics = step(state, placed)
-            losses.append(float(metrics["loss"]))
-        return losses, jax.device_get(metrics), jax.device_get(state)
-
-
 @pytest.fixture
 def batch():
-    """Packed rows with uneven weights."""
-    random = np.random.default_rng(0)
-    tokens = random.integers(0, 258, (16, 33), dtype=np.int32)
-    lengths = random.integers(5, 28, 16)
-    place = np.arange(32)
-    second = place >= lengths[:, None]
-    return {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": np.where(second, place - lengths[:, None], place).astype(np.int32),
-        "segment_ids": 1 + second.astype(np.int32),
-        "weights": (place != lengths[:, None] - 1).astype(np.float32),
-    }
+    return packed_batch(258)
 
 
 @pytest.fixture
@@ -100,7 +48,7 @@ def test_losses_are_the_same_on_every_mesh(plain, batch, optimizer, sizes):
 
 
 def test_accumulation_equals_one_big_batch(plain, batch, add_attention):
-    """Auxiliary losses, diagnostics and the second state too; rows have equal weights."""
+    """Auxiliary losses and the second state too, though pieces differ in targets."""
     add_attention("penalised", PENALISED)
     plain.attention = registry.method_config("attention", "penalised")
     plain.train.z_loss = 0.01
@@ -110,7 +58,7 @@ def test_accumulation_equals_one_big_batch(plain, batch, add_attention):
     losses, pieced_metrics, pieced_state = train(plain, {}, batch, num_steps=2)
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
     assert metrics["energy"] > 0
-    assert metrics["density"] > 0
+    del metrics["density"], pieced_metrics["density"]  # means over pieces, not over tokens
     assert_close(pieced_metrics, metrics)
     assert_close(pieced_state.opt_state, state.opt_state, rtol=1e-3)
     for name, value in state.params.items():
@@ -142,7 +90,7 @@ def test_every_piece_drops_something_else(random, batch):
         chosen = (np.arange(16) // 8 == piece)[:, None]
         weighed = rows | {"weights": rows["weights"] * chosen}
         losses += train(random, {}, weighed, num_steps=1)[0]
-    assert abs(losses[0] - losses[1]) > 1e-3
+    assert abs(losses[0] - losses[1]) > 1e-4  # rounding is 1e-6
 
 
 def test_frozen_parameters_stay_and_take_no_optimiser_memory(plain, batch):
