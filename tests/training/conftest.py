@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,22 @@ def run(config, trained):
 def finished(run, trained, tmp_path):
     """The test's own copy of the finished run."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def on_call(monkeypatch):
+    """Sends a signal at a chosen call of a function, and returns how often it was called."""
+
+    def arrange(owner, name, number=signal.SIGTERM, call=1):
+        function, calls = getattr(owner, name), []
+
+        def signalling(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == call:
+                signal.raise_signal(number)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, signalling)
+        return calls
+
+    return arrange

@@ -13,25 +13,6 @@ from sparseformer_jax.training.checkpoint import Checkpoints
 from tests.training.processes import ROOT
 
 
-@pytest.fixture
-def on_call(monkeypatch):
-    """Sends a signal at a chosen call of a function, and returns how often it was called."""
-
-    def arrange(owner, name, number=signal.SIGTERM, call=1):
-        function, calls = getattr(owner, name), []
-
-        def signalling(*args, **kwargs):
-            calls.append(args)
-            if len(calls) == call:
-                signal.raise_signal(number)
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, signalling)
-        return calls
-
-    return arrange
-
-
 def steps(workdir, name):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines if name in line]

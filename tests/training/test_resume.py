@@ -1,4 +1,4 @@
-"""Runs in processes of their own: killed and started again, split over two, resumed on one."""
+"""Runs in processes of their own: killed and started again, split over two; resumed on one."""
 
 import signal
 import socket
@@ -6,6 +6,7 @@ import socket
 import numpy as np
 import pytest
 
+from sparseformer_jax.training import loop
 from tests.training import processes
 
 
@@ -34,7 +35,7 @@ def test_a_killed_run_resumes_with_equal_floats(endless, tmp_path):
     assert actual == _uninterrupted(endless, tmp_path, len(actual))
 
 
-def test_two_processes_equal_one_and_resume_on_it(endless, tmp_path):
+def test_two_processes_equal_one_and_resume_on_it(endless, tmp_path, on_call, capsys):
     """Each reads its own rows; the shuffled, packed stream of the run is one and the same."""
     endless.mesh.data = 4
     endless.mesh.fsdp = 2
@@ -45,18 +46,21 @@ def test_two_processes_equal_one_and_resume_on_it(endless, tmp_path):
     assert [process.returncode for process in pair] == [0, 0]
     on_two = max(processes.losses(workdir))
 
-    run = processes.start(endless, workdir, num_devices=8)
-    assert "resuming from step" in processes.interrupt(run, on_two + 3, signal.SIGTERM)
-    assert run.returncode == 0
+    on_call(loop.TrainBatches, "__next__", call=3)
+    loop.train(endless, workdir)
+    assert f"resuming from step {on_two}" in capsys.readouterr().out
     actual = processes.losses(workdir)
-    expected = _uninterrupted(endless, tmp_path, len(actual), num_devices=8)
+    assert list(actual) == list(range(1, on_two + 4))
+    on_call(loop.TrainBatches, "__next__", call=len(actual))
+    loop.train(endless, tmp_path / "whole")
+    expected = processes.losses(tmp_path / "whole")
     assert list(actual) == list(expected)
     np.testing.assert_allclose(list(actual.values()), list(expected.values()), rtol=1e-5)
 
 
-def _uninterrupted(config, tmp_path, num_steps, num_devices=1):
+def _uninterrupted(config, tmp_path, num_steps):
     """Returns the losses of the first steps of a run in one piece."""
-    run = processes.start(config, tmp_path / "whole", num_devices=num_devices)
+    run = processes.start(config, tmp_path / "whole")
     processes.interrupt(run, num_steps, signal.SIGTERM)
     assert run.returncode == 0
     losses = processes.losses(tmp_path / "whole")
