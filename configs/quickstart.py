@@ -3,7 +3,7 @@
     python train.py --config=configs/quickstart.py --workdir=/tmp/quickstart
 
 Needs no download and no accelerator: two CPU cores take a minute or two. Expect about
-3.3 bits per byte on held-out files. `quickstart.py:masformer` and `quickstart.py:dense`
+3.3 bits per byte on held-out files. `quickstart.py:masformer`, `:combiner` and `:dense`
 train the same model with other attention.
 """
 
@@ -15,12 +15,13 @@ from sparseformer_jax.checks import check_choice
 ATTENTION = {
     "s2": {"block_size": 32, "local_blocks": 2, "vert_stride": 4},
     "masformer": {"span_size": 128, "num_full_layers": 1},
+    "combiner": {"span_size": 32},
     "dense": {},
 }
 
 
 def get_config(method: str = "s2") -> ConfigDict:
-    """Returns the quickstart of an attention method: "s2", "masformer" or "dense"."""
+    """Returns the quickstart of an attention method: a key of `ATTENTION`."""
     check_choice("config argument", method, tuple(ATTENTION))
     config = default_config.get_config()
     config.attention = registry.method_config("attention", method, **ATTENTION[method])

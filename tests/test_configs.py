@@ -34,6 +34,8 @@ def test_every_size_is_valid(method, size):
         ("dense.py:tiny", 1e6, "0.1 M"),
         ("dense.py:small", 1e6, "124 M"),
         ("dense.py:paper", 1e9, "1.3 B"),
+        ("combiner.py:small", 1e6, "124 M"),
+        ("combiner.py:paper", 1e6, "111 M"),
         ("masformer.py:small", 1e6, "124 M"),
         ("masformer.py:paper", 1e9, "1.3 B"),
         ("s2.py:small", 1e6, "124 M"),
@@ -50,7 +52,7 @@ def test_a_size_has_the_parameters_it_is_said_to_have(argument, unit, count):
     assert f"{parameters / unit:.{digits}f}" == count.split()[0]
 
 
-@pytest.mark.parametrize("method", ["s2", "masformer", "dense"])
+@pytest.mark.parametrize("method", ["s2", "masformer", "combiner", "dense"])
 def test_quickstart_is_valid_on_one_device(method):
     config = load(f"quickstart.py:{method}")
     validate(config, num_devices=1)

@@ -14,6 +14,7 @@ from pallas_kernels.selection import CannotRun
 from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, SegmentIds, Shard
 from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.model.config import ModelConfig
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -71,21 +72,9 @@ class BlockSparseAttention(Attention):
     ) -> Any:
         """Calls the kernel with what the model and the options say of it."""
         implementation = self.options.implementation
-        try:
-            return block_sparse_attention(
-                query,
-                key,
-                value,
-                block_mask,
-                is_causal=block_mask.is_causal,
-                window_size=block_mask.window_size,
-                segment_ids=segment_ids,
-                scale=self.config.scale,
-                logits_soft_cap=self.config.attention_soft_cap,
-                implementation=implementation,
-            )
-        except CannotRun as error:
-            raise ConfigError(f"attention.implementation={implementation!r}: {error}") from None
+        return attend_blocks(
+            self.config, implementation, query, key, value, block_mask, segment_ids
+        )
 
     def _diagnostics(self, seq_len: int) -> dict[str, jax.Array]:
         return {"density": jnp.asarray(self.density(seq_len), jnp.float32)}
@@ -123,6 +112,39 @@ class BlockSparseAttention(Attention):
             window_size=self.window_size,
             query_offset=shard.query_offset,
         )
+
+
+def attend_blocks(
+    config: ModelConfig,
+    implementation: str | None,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    block_mask: BlockMask,
+    segment_ids: SegmentIds | None,
+    return_lse: bool = False,
+) -> Any:
+    """Returns `block_sparse_attention` with the model's logits and the limits of the mask.
+
+    Raises:
+      ConfigError: the implementation cannot run here.
+    """
+    try:
+        return block_sparse_attention(
+            query,
+            key,
+            value,
+            block_mask,
+            is_causal=block_mask.is_causal,
+            window_size=block_mask.window_size,
+            segment_ids=segment_ids,
+            scale=config.scale,
+            logits_soft_cap=config.attention_soft_cap,
+            implementation=implementation,
+            return_lse=return_lse,
+        )
+    except CannotRun as error:
+        raise ConfigError(f"attention.implementation={implementation!r}: {error}") from None
 
 
 def _make_mask(

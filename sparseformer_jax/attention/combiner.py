@@ -1,0 +1,324 @@
+"""Combiner: full attention at the cost of sparse, as the far part goes through summaries.
+
+Of the keys a query may see, some are direct, D_i, and the others are cut into spans S_r:
+
+    out_i = sum_{j in D_i} p_ij v_j + sum_r P_ir u_r,  u_r = sum_{j in S_r} softmax_j(s Q_r k_j) v_j
+
+with p_ij and P_ir one softmax over the logits s q_i k_j and s q_i K_r together, and K_r, Q_r
+the elementwise maxima of the span's keys and queries. So every allowed key has a weight above
+0, and the cost is that of the pairs of queries with direct keys and with spans: n^1.5 with
+spans of sqrt(n) tokens, n log n for "log_sparse". Ren et al. 2021, "Combiner: Full Attention
+Transformer with Sparse Computation Cost", arXiv 2107.05768, and its released code.
+
+    config = ModelConfig(vocab_size=256, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2,
+                         head_dim=8, mlp_dim=64)
+    layer = combiner.Method(config, combiner.Options(span_size=8), rngs=nnx.Rngs(0))
+    x, positions = jnp.ones((2, 50, 32)), jnp.tile(jnp.arange(50), (2, 1))
+    output = layer(x, positions, None).output  # [2, 50, 32]
+
+Deviations from the released code, all off in the golden tests: two-way spans leave out the own
+block, row and column, which are direct, and what is empty; lengths need not be multiples of
+spans; the last token of 2^l + 1 sees its log-sparse past. Two-way "log_sparse", of which there
+is no release, tiles the future as the past of the reversed sequence. Keys are rotated before
+they are pooled, and those of "axial_row" to the position they stand for.
+
+A document is contiguous, and a span is cut to the query's: of earlier blocks only the last
+document goes on to later queries. Spans are cut at multiples of s from the start of the row,
+not of the document. Under context parallelism devices exchange pairs (K_r, u_r) in place of
+keys and values: n / s of them for "fixed", n for "axial_row", for "log_sparse" one a device and
+digit. The mixture's pooled queries read whole columns each, so it gathers queries, keys and
+values, and the pairs of rows.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from sparseformer_jax import mesh
+from sparseformer_jax.attention import (
+    _combiner_axial,
+    _combiner_fixed,
+    _combiner_log,
+    _combiner_mixture,
+)
+from sparseformer_jax.attention._block_sparse import check_implementation
+from sparseformer_jax.attention._combiner_parts import Part, Setup, Tokens, merge, pad
+from sparseformer_jax.attention.base import Attention, AttentionOutput
+from sparseformer_jax.attention.inputs import Inputs, Shard
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.model.config import ModelConfig
+from sparseformer_jax.model.layers import Norm, Projection, rotary
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of Combiner.
+
+    Attributes:
+      variant: what is a span: "fixed" blocks, in "axial_row" the rows of a grid, read at the
+        token's own column, in "axial_mixture" parts of rows and columns, in "log_sparse" the
+        binary digits of the position.
+      span_size: s, tokens in a block or a row; "log_sparse" reads none.
+      pool: of a span's keys, and of its queries: their elementwise "max", or "deepsets", the
+        same of relu(W x), W [H, H].
+      mixture_pool: of "axial_mixture": "max", or "sum" as in the released TensorFlow code.
+      count_own_span: bidirectional only, as released: the own block, row or column is a span
+        too, and the mixture's direct row and column both hold the token.
+      mask_empty: leave out the mixture's empty spans; False, bidirectional only, as released:
+        they have key 0 and the mean of the whole line as value.
+      implementation: of the kernel, see `block_sparse_attention`; None: the best here.
+    """
+
+    variant: Literal["fixed", "axial_row", "axial_mixture", "log_sparse"] = "fixed"
+    span_size: int = 128
+    pool: Literal["max", "deepsets"] = "max"
+    mixture_pool: Literal["max", "sum"] = "max"
+    count_own_span: bool = False
+    mask_empty: bool = True
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.span_size < 1:
+            raise ValueError(f"span_size={self.span_size} must be at least 1")
+        is_mixture = self.variant == "axial_mixture"
+        if self.mixture_pool != "max" and not is_mixture:
+            raise ValueError(
+                f"mixture_pool={self.mixture_pool!r}: {self.variant!r} has no mixture; leave it "
+                "'max', or set variant='axial_mixture'"
+            )
+        if not (self.mask_empty or is_mixture):
+            raise ValueError(
+                f"mask_empty=False: {self.variant!r} has no empty spans; leave it True, or set "
+                "variant='axial_mixture'"
+            )
+        if self.pool != "max" and self.variant == "axial_row":
+            raise ValueError(
+                f"pool={self.pool!r}: 'axial_row' pools nothing; leave it 'max', or take another "
+                "variant"
+            )
+
+
+def check(options: Options, config: ConfigDict) -> None:
+    """Refuses what the model cannot do with these options.
+
+    Raises:
+      ValueError: implementation is unknown, an option is bidirectional but the model is
+        causal, or a device's part of the sequence does not hold whole spans.
+    """
+    check_implementation(options.implementation)
+    _check_direction(options, config.model.is_causal)
+    num_shards = config.mesh.context
+    if num_shards > 1:
+        _check_shard(options, config.data.seq_len // num_shards, num_shards)
+
+
+def _check_direction(options: Options, is_causal: bool) -> None:
+    if is_causal and (options.count_own_span or not options.mask_empty):
+        name = "count_own_span" if options.count_own_span else "mask_empty"
+        raise ValueError(
+            f"{name}={getattr(options, name)}: bidirectional only; set {name}="
+            f"{not getattr(options, name)}, or model.is_causal=False"
+        )
+
+
+def _check_shard(options: Options, num_tokens: int, num_shards: int) -> None:
+    """Refuses parts of the sequence that cut spans."""
+    if options.variant == "log_sparse":
+        if num_tokens & (num_tokens - 1):
+            raise ValueError(
+                f"variant='log_sparse': mesh.context={num_shards} leaves {num_tokens} tokens to a "
+                "device, which must be a power of two; change data.seq_len or mesh.context"
+            )
+    elif num_tokens % options.span_size:
+        raise ValueError(
+            f"span_size={options.span_size}: must divide the {num_tokens} tokens that "
+            f"mesh.context={num_shards} leaves to a device; take smaller spans or fewer devices"
+        )
+
+
+class Method(Attention):
+    """Combiner."""
+
+    needs = frozenset({"x"})
+    gathers_keys = False
+
+    def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs) -> None:
+        _check_direction(options, config.is_causal)
+        super().__init__(config, options, rngs=rngs)
+        size, width = config.head_dim, config.embed_dim
+        if options.pool == "deepsets":
+            square = ((size,), (size,), ("head_dim", None), config)
+            self.pool_query = Projection(*square, use_bias=False, rngs=rngs)
+            self.pool_key = Projection(*square, use_bias=False, rngs=rngs)
+        if options.variant == "axial_row":
+            heads = (config.num_heads, size)
+            axes = ("heads", "head_dim", "embed")
+            self.row = Projection(heads, (width,), axes, config, use_bias=False, rngs=rngs)
+            bias = jnp.zeros(width, config.dtypes[0])
+            self.row_bias = nnx.Param(bias, axes=("embed",)) if config.out_bias else None
+            self.row_norm = Norm(width, "layernorm", config)
+            self.row_key = Projection(
+                (width,),
+                heads,
+                ("embed", "heads", "head_dim"),
+                config,
+                use_bias=config.qkv_bias,
+                rngs=rngs,
+            )
+
+    def density(self, seq_len: int) -> float:
+        """Returns the pairs visited, those inside summaries too, over those of full attention."""
+        options, is_causal = self.options, self.config.is_causal
+        full = seq_len * (seq_len + 1) // 2 if is_causal else seq_len**2
+        size, own = min(options.span_size, seq_len), options.count_own_span
+        if options.variant == "fixed":
+            visited = _combiner_fixed.num_pairs(seq_len, size, is_causal, own)
+        elif options.variant == "axial_row":
+            visited = _combiner_axial.num_pairs(seq_len, size, is_causal, own)
+        elif options.variant == "axial_mixture":
+            visited = _combiner_mixture.num_pairs(seq_len, size, is_causal, options)
+        else:
+            visited = _combiner_log.num_pairs(seq_len, is_causal)
+        return visited / full
+
+    def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
+        """Returns attention to all of a query's past, with the density of the pairs visited.
+
+        Raises:
+          ConfigError: there are not the queries of all keys, devices share a span, or an
+            option asks for what documents or ragged rows rule out.
+        """
+        output = self._combined(inputs, shard, inputs.value)
+        density = self.density(inputs.key.shape[1] * _num_shards(shard))
+        return AttentionOutput(output, diagnostics={"density": jnp.asarray(density, jnp.float32)})
+
+    def effective_attention(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B N T T"]:
+        """Returns the weight that every token gives every token, for tests and pictures.
+
+        Rows sum to 1 over exactly the keys that dense attention would see. At small sizes: it
+        holds all T^2 of them.
+
+        Args:
+          x: what the module is called with.
+          positions: of each token in its document; None: all are one document.
+          segment_ids: document of each token; None: there is one.
+        """
+        batch, num_tokens, _ = x.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(num_tokens), (batch, num_tokens))
+        inputs = self._inputs(x, positions, segment_ids, None, 0)
+        # One-hot values, as many tokens at a time as a head has channels.
+        size = inputs.value.shape[-1]
+        chunks = -(-num_tokens // size)
+        one_hot = jnp.eye(num_tokens, chunks * size, dtype=inputs.value.dtype)
+        one_hot = one_hot.reshape(num_tokens, chunks, 1, 1, size).swapaxes(0, 1)
+        shape = (chunks, num_tokens, 1, inputs.value.shape[2], size)
+
+        def repeated(x: jax.Array) -> jax.Array:
+            return x if x.ndim == 0 else jnp.concatenate([x] * chunks)
+
+        value = jnp.broadcast_to(one_hot, shape).swapaxes(1, 2)
+        value = jnp.repeat(value, batch, axis=1).reshape(-1, *inputs.value.shape[1:])
+        key_value = repeated(inputs.value)
+        inputs = dataclasses.replace(jax.tree.map(repeated, inputs), value=value)
+        weights = self._combined(inputs, Shard(num_heads=self.config.num_heads), key_value)
+        weights = jnp.moveaxis(weights.reshape(chunks, batch, *weights.shape[1:]), 0, -2)
+        return weights.reshape(*weights.shape[:-2], -1)[..., :num_tokens].swapaxes(1, 2)
+
+    def _combined(self, inputs: Inputs, shard: Shard, key_value: jax.Array) -> jax.Array:
+        """Attention; the keys of `axial_row` are made of `key_value`."""
+        options, num_tokens = self.options, inputs.query.shape[1]
+        setup = self._setup(inputs, shard)
+        ids = None if inputs.segment_ids is None else inputs.segment_ids[0]
+        is_log = options.variant == "log_sparse"
+        if ids is None and num_tokens % setup.size and not self.config.is_causal and not is_log:
+            ids = jnp.zeros(inputs.query.shape[:2], jnp.int32)  # to tell the padding
+        if ids is not None and not options.mask_empty:
+            raise ConfigError(
+                "attention.mask_empty=False: averages whole lines; give one document of whole "
+                f"rows of {setup.size} tokens, or leave out what is empty"
+            )
+        tokens = Tokens(inputs.query, inputs.key, inputs.value, ids)
+        parts: list[Part]
+        if is_log:
+            parts = _combiner_log.parts(tokens, setup)
+            return merge(parts, inputs.query.dtype)
+        tokens = pad(tokens, setup.size)
+        if options.variant == "fixed":
+            parts = _combiner_fixed.parts(tokens, setup)
+        elif options.variant == "axial_mixture":
+            parts = _combiner_mixture.parts(tokens, setup)
+        else:
+            key_value, x, positions = pad((key_value, inputs.x, inputs.positions[0]), setup.size)
+            keyed = tokens if key_value is inputs.value else tokens._replace(value=key_value)
+            row_key = functools.partial(self._row_key, x=x, positions=positions, shard=shard)
+            parts = _combiner_axial.parts(tokens, keyed, setup, row_key)
+        return merge(parts, inputs.query.dtype)[:, :num_tokens]
+
+    def _setup(self, inputs: Inputs, shard: Shard) -> Setup:
+        """What variants are told; refuses what they cannot do."""
+        options, num_shards = self.options, _num_shards(shard)
+        num_queries, num_keys = inputs.query.shape[1], inputs.key.shape[1]
+        if num_queries != num_keys:
+            raise ConfigError(
+                f"combiner: {num_queries} queries of {num_keys} keys; pass the queries of all "
+                "keys, as those of a span are a part of its summary"
+            )
+        if num_shards > 1:
+            try:
+                _check_shard(options, num_queries, num_shards)
+            except ValueError as error:
+                raise ConfigError(f"attention.{error}") from None
+        is_deep = options.pool == "deepsets"
+        return Setup(
+            self.config,
+            options,
+            num_queries if options.variant == "log_sparse" else min(options.span_size, num_queries),
+            pool_query=_deep(self.pool_query) if is_deep else _identity,
+            pool_key=_deep(self.pool_key) if is_deep else _identity,
+            shard=shard,
+            num_shards=num_shards,
+        )
+
+    def _row_key(
+        self,
+        value: Float[Array, "B T N H"],
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        shard: Shard,
+    ) -> Float[Array, "B T N H"]:
+        """Keys of the pairs of `axial_row`: k = W' LN(x + W value), rotated as others are."""
+        mapped = self.row(value)
+        if value.shape[2] < shard.num_heads:
+            mapped = jax.lax.psum(mapped, mesh.LOGICAL_AXES["heads"])
+        if self.row_bias is not None:
+            mapped += self.row_bias[...].astype(mapped.dtype)
+        key = self.row_key(self.row_norm(x + mapped))
+        if self.config.position == "rope":
+            key = rotary(key, positions, self.config.rope_theta)
+        return key
+
+
+def _num_shards(shard: Shard) -> int:
+    """Into how many parts devices cut the sequence."""
+    return jax.eval_shape(shard.gather, jax.ShapeDtypeStruct((1, 1), jnp.float32)).shape[1]
+
+
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _deep(layer: Projection) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: jax.nn.relu(layer(x))
