@@ -3,8 +3,8 @@
     python train.py --config=configs/quickstart.py --workdir=/tmp/quickstart
 
 Needs no download and no accelerator: two CPU cores take a minute or two. Expect about
-3.3 bits per byte on held-out files. `quickstart.py:masformer`, `:combiner` and `:dense`
-train the same model with other attention.
+3.3 bits per byte on held-out files. `quickstart.py:masformer`, `:routing`, `:combiner` and
+`:dense` train the same model with other attention.
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +16,7 @@ ATTENTION = {
     "s2": {"block_size": 32, "local_blocks": 2, "vert_stride": 4},
     "masformer": {"span_size": 128, "num_full_layers": 1},
     "combiner": {"span_size": 32},
+    "routing": {"num_clusters": 8, "window_size": 64, "block_size": 32},
     "dense": {},
 }
 

@@ -2,7 +2,8 @@
 
 A method module has a frozen dataclass `Options`, its hyper-parameters with
 defaults, and a class `Method`. It may have `check(options, config) -> None`, which
-raises ValueError where the options and the rest of the config do not fit.
+raises ValueError where the options and the rest of the config do not fit, and
+`notes(options) -> list[str]`, which returns what a run says of them as it starts.
 """
 
 import dataclasses
@@ -67,6 +68,12 @@ def options(kind: str, section: ConfigDict) -> Any:
         return cls(**values)
     except ValueError as error:
         raise ConfigError(f"{kind}.{error}") from error
+
+
+def notes(kind: str, section: ConfigDict) -> list[str]:
+    """Returns what the method named in a config section has to say of its options."""
+    told = getattr(method(kind, section.name), "notes", None)
+    return [] if told is None else told(options(kind, section))
 
 
 def method_config(kind: str, name: str, **overrides: Any) -> ConfigDict:

@@ -38,6 +38,8 @@ def test_every_size_is_valid(method, size):
         ("combiner.py:paper", 1e6, "111 M"),
         ("masformer.py:small", 1e6, "124 M"),
         ("masformer.py:paper", 1e9, "1.3 B"),
+        ("routing.py:small", 1e6, "120 M"),
+        ("routing.py:paper", 1e6, "164 M"),
         ("s2.py:small", 1e6, "124 M"),
         ("s2.py:paper", 1e9, "7.4 B"),
     ],
@@ -52,7 +54,7 @@ def test_a_size_has_the_parameters_it_is_said_to_have(argument, unit, count):
     assert f"{parameters / unit:.{digits}f}" == count.split()[0]
 
 
-@pytest.mark.parametrize("method", ["s2", "masformer", "combiner", "dense"])
+@pytest.mark.parametrize("method", ["s2", "masformer", "routing", "combiner", "dense"])
 def test_quickstart_is_valid_on_one_device(method):
     config = load(f"quickstart.py:{method}")
     validate(config, num_devices=1)

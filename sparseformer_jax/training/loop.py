@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sparseformer_jax import config as config_lib
-from sparseformer_jax import data, mesh
+from sparseformer_jax import data, mesh, registry
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import ConfigError, NonFiniteError
 from sparseformer_jax.describe import costs, summary
@@ -156,6 +156,7 @@ class Run:
     def _restore(self, step: int | None, accept_changed_config: bool) -> None:
         """Takes up a checkpoint, the newest if None, or starts anew where there is none."""
         notes, examples = [summary(self.config, self.model_def)], 0
+        notes += registry.notes("attention", self.config.attention)
         step = self.checkpoints.latest_step if step is None else step
         self.first_step = step or 0
         if step is None:

@@ -1,5 +1,6 @@
 """What the tests of models share: making, perturbing, sharding and comparing them."""
 
+import dataclasses
 import zlib
 
 import jax
@@ -136,20 +137,25 @@ def put(x, *axes):
 
 
 def attention_weights(attention, query, key, segment_ids=None):
-    """What every query gives every key, [B, N, T, S]: the output for one-hot values."""
-    batch, num_keys, kv_heads, head_dim = key.shape
+    """What every query gives every key, [B, N, T, S]."""
+    ids = None if segment_ids is None else (segment_ids,) * 2
+    weights = jnp.ones(query.shape[:2]), jnp.ones(key.shape[:2])
+    return weights_of(attention, Inputs(query, key, key, segment_ids=ids, weights=weights))
+
+
+def weights_of(attention, inputs):
+    """The same of any inputs, by the output for one-hot values."""
+    batch, num_keys, kv_heads, head_dim = inputs.key.shape
     chunks = -(-num_keys // head_dim)
-    one_hot = np.eye(num_keys, chunks * head_dim, dtype=key.dtype)
+    one_hot = np.eye(num_keys, chunks * head_dim, dtype=inputs.key.dtype)
     one_hot = one_hot.reshape(num_keys, chunks, 1, 1, head_dim).transpose(1, 2, 0, 3, 4)
-    value = jnp.broadcast_to(one_hot, (chunks, *key.shape)).reshape(-1, *key.shape[1:])
+    value = jnp.broadcast_to(one_hot, (chunks, *inputs.key.shape))
 
     def repeat(x):
-        return jnp.concatenate([x] * chunks)
+        return jnp.concatenate([x] * chunks) if jnp.ndim(x) else x
 
-    ids = None if segment_ids is None else (repeat(segment_ids),) * 2
-    shard = Shard(num_heads=query.shape[2])
-    weights = jnp.ones((chunks * batch, query.shape[1])), jnp.ones((chunks * batch, num_keys))
-    inputs = Inputs(repeat(query), repeat(key), value, segment_ids=ids, weights=weights)
-    attended = attention.attend(inputs, shard).output
+    inputs = jax.tree.map(repeat, inputs)
+    inputs = dataclasses.replace(inputs, value=value.reshape(inputs.key.shape))
+    attended = attention.attend(inputs, Shard(num_heads=inputs.query.shape[2])).output
     weights = jnp.moveaxis(attended.reshape(chunks, batch, *attended.shape[1:]), 0, -2)
     return weights.reshape(*weights.shape[:-2], -1)[..., :num_keys].swapaxes(1, 2)
