@@ -4,7 +4,8 @@
 
 Needs no download and no accelerator: two CPU cores take a minute or two. Expect about
 2.3 bits per byte on held-out files. `quickstart.py:masformer`, `:routing`, `:combiner` and
-`:dense` train the same model with other attention.
+`:dense` train the same model with other attention. Several devices need more than the two rows
+of a step: `--config.train.batch_size=8`.
 """
 
 from ml_collections import ConfigDict
@@ -15,8 +16,8 @@ from sparseformer_jax.checks import check_choice
 ATTENTION = {
     "s2": {"block_size": 16, "local_blocks": 2, "vert_stride": 4},
     "masformer": {"span_size": 64, "num_full_layers": 1},
-    "combiner": {"span_size": 32},
-    "routing": {"num_clusters": 8, "window_size": 64, "block_size": 32},
+    "combiner": {"span_size": 16},
+    "routing": {"num_clusters": 8, "window_size": 32, "block_size": 16},
     "dense": {},
 }
 

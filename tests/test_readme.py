@@ -127,13 +127,18 @@ def test_help_shows_two_commands_of_its_own_or_more(capsys):
         assert {command for command, _ in shown} == {name}
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "s2.py:small"])
-def test_readmes_meshes_fit_eight_devices(name):
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("quickstart.py", ["--config.train.batch_size=8"]), ("s2.py:small", [])],
+    ids=["quickstart", "small"],
+)
+def test_readmes_meshes_fit_eight_devices(name, flags):
+    assert all(flag in README for flag in flags)
     lines = re.findall(r"^    (--config\.mesh.*?)  ", README, re.MULTILINE)
     assert len(lines) == 3
     for line in lines:
         chosen = config_flags.load(f"configs/{name}")
-        config_flags.override(chosen, ["train.py", *line.split()])
+        config_flags.override(chosen, ["train.py", *line.split(), *flags])
         config.validate(chosen, num_devices=8)
 
 
