@@ -235,6 +235,16 @@ def pooled(
     return jnp.max(x, axis=2, where=where, initial=-jnp.inf)
 
 
+def softmax(
+    logits: Float[Array, "..."], axis: int
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Returns the softmax along an axis, 0 where all logits are -inf, and its lse."""
+    lse = jax.nn.logsumexp(logits, axis=axis, keepdims=True)
+    # Where nothing is visible exp(-inf - inf) = 0.
+    weights = jnp.exp(logits - jnp.where(jnp.isneginf(lse), jnp.inf, lse))
+    return weights, jnp.squeeze(lse, axis)
+
+
 def read(
     query: Float[Array, "B R N H"],
     blocks: Tokens,
@@ -247,9 +257,7 @@ def read(
     logits = setup.scores.logits(jnp.sum(query[:, :, None] * key, axis=-1))  # [B, R, s, N]
     if visible is not None:
         logits = jnp.where(visible[..., None], logits, -jnp.inf)
-    lse = jax.nn.logsumexp(logits, axis=2)
-    # Where nothing is visible exp(-inf - inf) = 0.
-    weights = jnp.exp(logits - jnp.where(jnp.isneginf(lse), jnp.inf, lse)[:, :, None])
+    weights, lse = softmax(logits, axis=2)
     return Part(jnp.sum(weights[..., None] * value, axis=2), lse)
 
 

@@ -251,10 +251,9 @@ class Method(Attention):
                 f"rows of {setup.size} tokens, or leave out what is empty"
             )
         tokens = Tokens(inputs.query, inputs.key, inputs.value, ids)
-        parts: list[Part]
         if is_log:
-            parts = _combiner_log.parts(tokens, setup)
-            return merge(parts, inputs.query.dtype)
+            return _combiner_log.attend(tokens, setup)
+        parts: list[Part]
         tokens = pad(tokens, setup.size)
         if options.variant == "fixed":
             parts = _combiner_fixed.parts(tokens, setup)
