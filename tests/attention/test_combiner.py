@@ -230,3 +230,16 @@ def test_the_docstring_has_an_example_that_runs():
     exec(textwrap.dedent("    config = " + lines), names)
     assert names["output"].shape == (2, 50, 32)
     assert np.isfinite(names["output"]).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_few_tokens(variant, num_tokens):
+    attention = make_attention("combiner", {"variant": variant, "span_size": 1})
+    weights = jax.jit(lambda module, x: module.effective_attention(x))(
+        attention, normal(0, 1, num_tokens, attention.config.embed_dim)
+    )
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(
+        weights[0] > 0, np.broadcast_to(np.tri(num_tokens), weights[0].shape)
+    )
