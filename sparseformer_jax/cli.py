@@ -33,6 +33,7 @@ Evaluates a checkpoint: perplexity and bits per byte on held-out text.
   python eval.py --workdir=/tmp/run
   python eval.py --workdir=/tmp/run --split=test --output=/tmp/test.json
   python eval.py --workdir=/tmp/run --step=500 --config.eval.num_batches=0
+  python eval.py --workdir=/tmp/run --plots=/tmp/pictures
 
 An installed package has the same command as `sparseformer-eval`.
 """
@@ -88,6 +89,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     _number(own, "step", "checkpoint to load; default: the latest")
     _text(own, "split", "train, validation or test; default: the config's")
     _text(own, "output", "JSON file of the results; default: eval_SPLIT_STEP[_DIGEST].json there")
+    _text(own, "plots", "folder of pictures: kept pairs of layers and heads, loss by position")
     _distributed(own)
     _run(_evaluate, own, _EVAL_USAGE, sys.argv if argv is None else argv)
 
@@ -158,8 +160,13 @@ def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
     if mesh.is_primary():
         field = "--output" if output else "--workdir"
         results.check_folder(field, output or workdir / "eval.json")
-    found = perplexity.evaluate_checkpoint(config, workdir, step=own.step, split=own.split)
+    plots = pathlib.Path(own.plots) if own.plots else None
+    found = perplexity.evaluate_checkpoint(
+        config, workdir, step=own.step, split=own.split, plots=plots
+    )
     if mesh.is_primary():
+        if plots is not None:
+            print(f"pictures are in {plots}", file=sys.stderr)
         print(json.dumps(found, indent=2))
         print(results.write(output or workdir / results.file_name(found), found), file=sys.stderr)
 

@@ -32,8 +32,8 @@ def calls(monkeypatch) -> list[tuple]:
     def train(config, workdir, *, step, accept_changed_config) -> None:
         made.append((config, workdir, step, accept_changed_config))
 
-    def evaluate_checkpoint(config, workdir, *, step, split) -> dict[str, float]:
-        made.append((config, workdir, step, split))
+    def evaluate_checkpoint(config, workdir, *, step, split, plots) -> dict[str, float]:
+        made.append((config, workdir, step, split, plots))
         return {"step": 5, "split": config.eval.split, "text": "", "overrides": {}, "loss": 1.5}
 
     def stream(config, workdir, prompt, **options) -> list[str]:
@@ -191,8 +191,8 @@ def test_evaluate_takes_the_saved_config(calls, capsys, tmp_path):
     output = tmp_path / "results.json"
     argv = [f"--workdir={tmp_path}", "--step=5", "--split=test", f"--output={output}"]
     cli.evaluate(["eval.py", *argv, "--config.eval.num_batches=0"])
-    ((given, _, step, split),) = calls
-    assert (given.model.num_layers, step, split) == (3, 5, "test")
+    ((given, _, step, split, plots),) = calls
+    assert (given.model.num_layers, step, split, plots) == (3, 5, "test", None)
     assert (given.eval.split, given.eval.num_batches) == ("test", 0)
     printed = capsys.readouterr().out
     found = json.loads(printed)

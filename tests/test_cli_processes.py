@@ -65,6 +65,7 @@ EVALUATE = {
     "--split=tset": "eval.split='tset': not one of train, validation, test; did you mean test?",
     "--step=7": "no checkpoint of step 7",
     "--workdir={tmp}/missing": "--workdir={tmp}/missing",
+    "--plots={tmp}/train.txt": "--plots={tmp}/train.txt: is a file; name a folder",
 }
 
 

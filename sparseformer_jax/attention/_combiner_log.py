@@ -8,6 +8,7 @@ Digits are taken a few at a time. Spans of `_DIGITS` of them lie in one block, a
 a few times more pairs than a query sees, and many times faster than reading each pair alone.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,6 @@ from sparseformer_jax.attention._combiner_parts import (
     Setup,
     Tokens,
     cut,
-    merge,
     pad,
     per_head,
     read,
@@ -32,8 +32,10 @@ from sparseformer_jax.attention._combiner_parts import (
 _DIGITS = 4
 
 
-def attend(tokens: Tokens, setup: Setup) -> Float[Array, "B T N H"]:
-    """Returns attention to the token itself, and to one span for each digit.
+def attend(
+    tokens: Tokens, setup: Setup, merging: Callable[[list[Part], Any], jax.Array]
+) -> Float[Array, "B T N _"]:
+    """Returns attention to the token itself, and to one span for each digit, `merging` its parts.
 
     Heads are rows of the batch, so that no product moves them.
     """
@@ -46,7 +48,7 @@ def attend(tokens: Tokens, setup: Setup) -> Float[Array, "B T N H"]:
     query, key, value = map(fold, tokens[:3])
     tokens = Tokens(query, key, value, ids)
     own = single(query, key, value, None, setup)
-    output = merge([own, *setup.both_ways(_spans, tokens)], query.dtype)
+    output = merging([own, *setup.both_ways(_spans, tokens)], query.dtype)
     return output.reshape(batch, num_heads, num_tokens, -1).swapaxes(1, 2)
 
 

@@ -4,6 +4,7 @@ A method subclasses `Attention` and overrides `attend`, which sees local arrays 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from sparseformer_jax import mesh
+from sparseformer_jax.attention import _one_hot
 from sparseformer_jax.attention.inputs import (
     ON_DEMAND,
     Inputs,
@@ -167,6 +169,50 @@ class Attention(nnx.Module):
         return dataclasses.replace(
             attended, output=self.out(attended.output), statistics=statistics
         )
+
+    def weights_by_kind(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        *,
+        step: Any = 0,
+    ) -> dict[str, Float[Array, "B N T T"]]:
+        """Returns the weight that every token gives every token, by how it comes to it.
+
+        For tests and pictures, without a mesh and at small sizes: it holds all T^2 of them. A
+        method that comes to tokens in more than one way overrides it; the kinds add up to
+        `effective_attention`.
+
+        Args:
+          x: what the module is called with, as are the others.
+          positions: of each token in its document.
+          segment_ids: document of each token; None: one.
+          step: of training.
+        """
+        shard = Shard(num_heads=self.config.num_heads)
+        inputs = self._inputs(x, positions, segment_ids, None, step)
+        return _one_hot.weights(
+            inputs, lambda inputs: {"attended": self.attend(inputs, shard).output}
+        )
+
+    def effective_attention(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B N T T"]:
+        """Returns the weight that every token gives every token, `weights_by_kind` together.
+
+        Args:
+          x: what the module is called with.
+          positions: of each token in its document; None: all are one document.
+          segment_ids: document of each token; None: there is one.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        kinds = self.weights_by_kind(x, positions, segment_ids)
+        return functools.reduce(jnp.add, kinds.values())
 
     def _inputs(
         self,

@@ -33,7 +33,7 @@ values, and the pairs of rows.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ from sparseformer_jax.attention import (
     _combiner_fixed,
     _combiner_log,
     _combiner_mixture,
+    _one_hot,
 )
 from sparseformer_jax.attention._block_sparse import check_implementation
 from sparseformer_jax.attention._combiner_parts import Part, Setup, Tokens, merge, pad
@@ -199,46 +200,66 @@ class Method(Attention):
         density = self.density(inputs.key.shape[1] * _num_shards(shard))
         return AttentionOutput(output, diagnostics={"density": jnp.asarray(density, jnp.float32)})
 
-    def effective_attention(
+    def weights_by_kind(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B N T T"]:
-        """Returns the weight that every token gives every token, for tests and pictures.
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        *,
+        step: Any = 0,
+    ) -> dict[str, Float[Array, "B N T T"]]:
+        """Returns the weights of direct pairs, and those through the summaries of spans.
 
-        Rows sum to 1 over exactly the keys that dense attention would see. At small sizes: it
-        holds all T^2 of them.
+        Rows of both together sum to 1 over exactly the keys that dense attention would see.
 
         Args:
           x: what the module is called with.
-          positions: of each token in its document; None: all are one document.
+          positions: of each token in its document.
           segment_ids: document of each token; None: there is one.
+          step: of training.
         """
-        batch, num_tokens, _ = x.shape
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(num_tokens), (batch, num_tokens))
-        inputs = self._inputs(x, positions, segment_ids, None, 0)
-        # One-hot values, as many tokens at a time as a head has channels.
-        size = inputs.value.shape[-1]
-        chunks = -(-num_tokens // size)
-        one_hot = jnp.eye(num_tokens, chunks * size, dtype=inputs.value.dtype)
-        one_hot = one_hot.reshape(num_tokens, chunks, 1, 1, size).swapaxes(0, 1)
-        shape = (chunks, num_tokens, 1, inputs.value.shape[2], size)
+        own = self._inputs(x, positions, segment_ids, None, step)
+        shard = Shard(num_heads=self.config.num_heads)
 
-        def repeated(x: jax.Array) -> jax.Array:
-            return x if x.ndim == 0 else jnp.concatenate([x] * chunks)
+        def attend(inputs: Inputs) -> dict[str, jax.Array]:
+            copies = inputs.value.shape[0] // x.shape[0]
+            key_value = jnp.concatenate([own.value] * copies)
+            both = self._combined(inputs, shard, key_value, self._merge_by_kind)
+            direct, through = jnp.split(both, 2, axis=-1)
+            return {"direct": direct, "through summaries": through}
 
-        value = jnp.broadcast_to(one_hot, shape).swapaxes(1, 2)
-        value = jnp.repeat(value, batch, axis=1).reshape(-1, *inputs.value.shape[1:])
-        key_value = repeated(inputs.value)
-        inputs = dataclasses.replace(jax.tree.map(repeated, inputs), value=value)
-        weights = self._combined(inputs, Shard(num_heads=self.config.num_heads), key_value)
-        weights = jnp.moveaxis(weights.reshape(chunks, batch, *weights.shape[1:]), 0, -2)
-        return weights.reshape(*weights.shape[:-2], -1)[..., :num_tokens].swapaxes(1, 2)
+        return _one_hot.weights(own, attend)
 
-    def _combined(self, inputs: Inputs, shard: Shard, key_value: jax.Array) -> jax.Array:
-        """Attention; the keys of `axial_row` are made of `key_value`."""
+    def _merge_by_kind(self, parts: list[Part], dtype: Any) -> jax.Array:
+        """The softmax over all pairs with values of direct ones, and of the others: [.., 2 H]."""
+        is_direct = self._is_direct(len(parts))
+
+        def only(kind: bool) -> jax.Array:
+            kept = [
+                part if direct == kind else part._replace(output=jnp.zeros_like(part.output))
+                for part, direct in zip(parts, is_direct, strict=True)
+            ]
+            return merge(kept, dtype)
+
+        return jnp.concatenate([only(True), only(False)], axis=-1)
+
+    def _is_direct(self, num_parts: int) -> list[bool]:
+        """Which parts are of direct pairs: the first, and of the mixture the own column too.
+
+        That comes first of those before the token, and of those behind it.
+        """
+        is_mixture = self.options.variant == "axial_mixture"
+        each = max(1, (num_parts - 1) // (1 if self.config.is_causal else 2))
+        return [i == 0 or (is_mixture and (i - 1) % each == 0) for i in range(num_parts)]
+
+    def _combined(
+        self,
+        inputs: Inputs,
+        shard: Shard,
+        key_value: jax.Array,
+        merging: Callable[[list[Part], Any], jax.Array] = merge,
+    ) -> jax.Array:
+        """The parts, merged; the keys of `axial_row` are made of `key_value`."""
         options, num_tokens = self.options, inputs.query.shape[1]
         setup = self._setup(inputs, shard)
         ids = None if inputs.segment_ids is None else inputs.segment_ids[0]
@@ -252,19 +273,21 @@ class Method(Attention):
             )
         tokens = Tokens(inputs.query, inputs.key, inputs.value, ids)
         if is_log:
-            return _combiner_log.attend(tokens, setup)
-        parts: list[Part]
+            return _combiner_log.attend(tokens, setup, merging)
         tokens = pad(tokens, setup.size)
+        parts: list[Part]
         if options.variant == "fixed":
             parts = _combiner_fixed.parts(tokens, setup)
         elif options.variant == "axial_mixture":
             parts = _combiner_mixture.parts(tokens, setup)
         else:
-            key_value, x, positions = pad((key_value, inputs.x, inputs.positions[0]), setup.size)
-            keyed = tokens if key_value is inputs.value else tokens._replace(value=key_value)
+            x, positions = pad((inputs.x, inputs.positions[0]), setup.size)
+            keyed = tokens
+            if key_value is not inputs.value:
+                keyed = tokens._replace(value=pad(key_value, setup.size))
             row_key = functools.partial(self._row_key, x=x, positions=positions, shard=shard)
             parts = _combiner_axial.parts(tokens, keyed, setup, row_key)
-        return merge(parts, inputs.query.dtype)[:, :num_tokens]
+        return merging(parts, inputs.query.dtype)[:, :num_tokens]
 
     def _setup(self, inputs: Inputs, shard: Shard) -> Setup:
         """What variants are told; refuses what they cannot do."""

@@ -1,7 +1,7 @@
 """Perplexity and bits per byte of held-out text."""
 
+import functools
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from sparseformer_jax import config as config_lib
 from sparseformer_jax import data, mesh
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import NonFiniteError
+from sparseformer_jax.evaluation import inspection, pictures, sums
 from sparseformer_jax.model.loss import cross_entropy
-from sparseformer_jax.training.batches import DeviceBatch, place
+from sparseformer_jax.training.batches import DeviceBatch
 from sparseformer_jax.training.changes import evaluated_differently
 from sparseformer_jax.training.checkpoint import Checkpoints
 from sparseformer_jax.training.metrics import perplexity
@@ -46,23 +46,9 @@ class Evaluator:
         Raises:
           NonFiniteError: the loss is not a finite number.
         """
-        sharding = jax.NamedSharding(jax.sharding.get_mesh(), mesh.spec("batch", "seq"))
-        batches = data.eval_batches(
-            self._corpus,
-            seq_len=self._config.data.seq_len,
-            batch_size=self._config.eval.batch_size,
-            num_batches=self._config.eval.num_batches,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        quiet = not (mesh.is_primary() and sys.stderr.isatty())
-        sums = []
-        for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=quiet):
-            sums.append(self._step(state, place(batch, sharding)))
-            # Read one batch late, so that the device never waits for the host.
-            sums[-2:-1] = jax.device_get(sums[-2:-1])
-        columns = zip(*jax.device_get(sums), strict=True)
-        nll, tokens, density = (math.fsum(column) for column in columns)
+        step = functools.partial(self._step, state)
+        found = sums.over_batches(self._config, self._corpus, step)
+        nll, tokens, density = map(float, found)
         loss = nll / tokens
         if not math.isfinite(loss):
             raise NonFiniteError(
@@ -100,7 +86,12 @@ def make_eval_step(
 
 
 def evaluate_checkpoint(
-    config: ConfigDict, workdir: Path, *, step: int | None = None, split: str | None = None
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    step: int | None = None,
+    split: str | None = None,
+    plots: Path | None = None,
 ) -> dict[str, Any]:
     """Returns what `Evaluator` says of a checkpoint, and of what it says that.
 
@@ -112,12 +103,16 @@ def evaluate_checkpoint(
       workdir: of the run.
       step: which checkpoint; None: the newest.
       split: of the data; None: `eval.split`.
+      plots: folder of pictures of the model; None: none are drawn.
 
     Raises:
-      ValueError: there is no such checkpoint, or it does not fit the config.
+      ValueError: there is no such checkpoint, or it does not fit the config; with `plots`,
+        matplotlib is missing.
       NonFiniteError: its loss is not a finite number.
     """
     split = split or config.eval.split
+    if plots is not None:
+        pictures.prepare(plots)
     with jax.set_mesh(mesh.make_mesh(config_lib.resolve_mesh(config.mesh, jax.device_count()))):
         model_def = ModelDef(config)
         state = restore_state(model_def, workdir, step)
@@ -129,5 +124,11 @@ def evaluate_checkpoint(
         if corpus.fingerprint != meta.corpus:
             overrides["text"] = "not that of the run"
         results = Evaluator(config, model_def, corpus)(state)
+        if plots is not None:
+            losses = inspection.measure(config, model_def, corpus, state)
+            state = inspection.on_host(state)
+    if plots is not None and mesh.is_primary():
+        kept = inspection.kept_pairs(config, model_def, corpus, state)
+        pictures.draw(plots, losses, kept, f"{config.attention.name}, step {step}, {split}")
     subject = {"step": step, "split": split, "text": corpus.fingerprint, "overrides": overrides}
     return {**subject, **results}

@@ -1,7 +1,8 @@
 """Layers of equal kind, stacked and scanned: compile time does not grow with depth."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -118,6 +119,12 @@ class LayerStack(nnx.Module):
             losses={name: jnp.sum(values) for name, values in reports.losses.items()},
             diagnostics={name: v.reshape(-1) for name, v in reports.diagnostics.items()},
         )
+
+    def blocks(self) -> Iterator[Any]:
+        """Returns the blocks one after another, each with parameters of its own."""
+        graphdef, state = nnx.split(self.unit)
+        for repeat in range(self.repeats):
+            yield from nnx.merge(graphdef, jax.tree.map(operator.itemgetter(repeat), state))
 
 
 def rematerialized(function: Callable[..., Any], policy: str) -> Callable[..., Any]:

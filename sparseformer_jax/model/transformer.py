@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -209,7 +209,7 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             positions = mesh.shard(positions, "batch", "seq")
         embed_rng, layers_rng = (None, None) if rng is None else jax.random.split(rng)
-        x = dropout(self._embed(tokens, positions), self.config.dropout, embed_rng)
+        x = dropout(self.embed(tokens, positions), self.config.dropout, embed_rng)
         reports = []
         keys = self._layer_keys(layers_rng)
         for index, (stack, own_keys) in enumerate(zip(self.stacks, keys, strict=True)):
@@ -218,6 +218,29 @@ class Transformer(nnx.Module):
             reports.append(dataclasses.replace(report, statistics=statistics))
         joined = join_reports(reports)
         return Features(self.final_norm(x), joined.losses, joined.diagnostics, joined.statistics)
+
+    def embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Returns the residual stream before the first layer; the arguments are `features`'.
+
+        Raises:
+          ValueError: positions are learned, and the sequence is longer than they are.
+        """
+        x = self.embedding(tokens)
+        if self.position_embedding is None:
+            return x
+        if tokens.shape[1] > self.config.max_positions:
+            raise ValueError(
+                f"a sequence of {tokens.shape[1]} tokens exceeds "
+                f"model.max_positions={self.config.max_positions}"
+            )
+        return x + self.position_embedding(positions)
+
+    def blocks(self) -> Iterator[Block]:
+        """Returns the layers one after another, each with parameters of its own."""
+        for stack in self.stacks:
+            yield from stack.blocks()
 
     def output_kernel(self) -> Float[Array, "D V"]:
         """Returns the matrix of the output head, ready for use: cast and gathered."""
@@ -239,17 +262,6 @@ class Transformer(nnx.Module):
             return [None] * len(self.stacks)
         sizes = [len(stack.unit) * stack.repeats for stack in self.stacks]
         return _split_rows(layer_keys(rng, sum(sizes)), sizes)
-
-    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-        x = self.embedding(tokens)
-        if self.position_embedding is None:
-            return x
-        if tokens.shape[1] > self.config.max_positions:
-            raise ValueError(
-                f"a sequence of {tokens.shape[1]} tokens exceeds "
-                f"model.max_positions={self.config.max_positions}"
-            )
-        return x + self.position_embedding(positions)
 
 
 def _check_vocabulary(tokens: jax.Array, vocab_size: int) -> None:

@@ -70,9 +70,7 @@ def pure(module):
 def layers(model):
     """The blocks of a transformer, one after another, unstacked."""
     for stack in model.stacks:
-        graphdef, state = nnx.split(stack.unit)
-        for repeat in range(stack.repeats):
-            yield from nnx.merge(graphdef, jax.tree.map(lambda x: x[repeat], state))  # noqa: B023
+        yield from stack.blocks()
 
 
 def normal(seed, *shape):

@@ -50,11 +50,16 @@ def test_another_evaluation_leaves_the_run_s_own(run, finished, capsys):
     own = finished / "eval_validation_4.json"
     before = own.read_text()
     assert json.loads(before)["overrides"] == {}
-    cli.evaluate(["eval.py", f"--workdir={finished}", "--config.eval.num_batches=1"])
+    plots = finished / "pictures"
+    flags = ["--config.eval.num_batches=1", f"--plots={plots}"]
+    cli.evaluate(["eval.py", f"--workdir={finished}", *flags])
     (other,) = set(finished.glob("eval_*.json")) - {own}
     assert own.read_text() == before
     assert json.loads(other.read_text())["overrides"] == {"eval.num_batches": "2 -> 1"}
-    assert capsys.readouterr().err.splitlines() == [f"written to {own}", f"written to {other}"]
+    names = {"density.png", "kept.png", "loss_by_position.png"}
+    assert {file.name for file in plots.iterdir()} == names
+    told = [f"written to {own}", f"pictures are in {plots}", f"written to {other}"]
+    assert capsys.readouterr().err.splitlines() == told
 
 
 def test_a_finished_run_only_says_so(run, finished, capsys):
