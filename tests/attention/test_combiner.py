@@ -234,6 +234,7 @@ def test_the_docstring_has_an_example_that_runs():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_tokens", [1, 2])
+@pytest.mark.representative("2-*", "1-fixed")
 def test_few_tokens(variant, num_tokens):
     attention = make_attention("combiner", {"variant": variant, "span_size": 1})
     weights = jax.jit(lambda module, x: module.effective_attention(x))(
