@@ -39,6 +39,8 @@ def convert(field: str, value: Any, annotation: Any) -> Any:
     Understands plain types, `X | None`, `Literal` and tuples of these. Raises
     ConfigError for any other mismatch: nothing is cast that could lose anything.
     """
+    if typing.get_origin(annotation) is Literal:
+        check_choice(field, value, typing.get_args(annotation))
     try:
         return _convert(value, annotation)
     except TypeError:

@@ -9,6 +9,7 @@ from sparseformer_jax.checks import ConfigError
 TOY = '''
 """A method for tests."""
 import dataclasses
+from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -17,6 +18,7 @@ class Options:
     scale: float | None = None
     layers: tuple[int, ...] = (0, 2)
     mode: str = "full"
+    pooling: Literal["max", "mean"] = "max"
 
     def __post_init__(self) -> None:
         if self.window_size < 1:
@@ -59,6 +61,7 @@ def test_every_default_is_in_the_config_section(toy):
         "scale": None,
         "layers": (0, 2),
         "mode": "full",
+        "pooling": "max",
     }
     section.scale = 0.25
     assert registry.options("attention", section).scale == 0.25
@@ -79,6 +82,10 @@ def test_left_out_options_keep_their_defaults(toy):
         ({"window_size": True}, r"^attention\.window_size=True: must be int, not bool"),
         ({"window_size": 0}, r"^attention\.window_size=0: must be positive$"),
         ({"rate": None}, r"^attention\.rate=None: must be float"),
+        (
+            {"pooling": "man"},
+            r"^attention\.pooling='man': not one of max, mean; did you mean mean\?$",
+        ),
         ({"scale": "x"}, r"^attention\.scale='x': must be float \| None"),
         (
             {"layers": ("x",)},
