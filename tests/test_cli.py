@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from sparseformer_jax import cli, config, default_config
+from sparseformer_jax import cli, command, config, default_config
 from sparseformer_jax.checks import ConfigError, NonFiniteError
 
 DEFAULT = "--config=configs/default.py"
@@ -45,7 +45,7 @@ def calls(monkeypatch) -> list[tuple]:
     stub("generation.sampling", stream=stream)
     stub("describe", describe=lambda config: f"{config.model.num_layers} layers")
     stub("memory", check=lambda config: None)
-    monkeypatch.setattr(cli, "_start_jax", lambda own: None)
+    monkeypatch.setattr(command, "start_jax", lambda own: None)
     return made
 
 
@@ -327,7 +327,7 @@ def test_ctrl_c_while_an_extension_loads_is_an_interrupt(monkeypatch, capsys):
 def test_simulated_devices_meet_in_one_order(monkeypatch, devices, flags, expected):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", devices)
     monkeypatch.setenv("XLA_FLAGS", flags)
-    cli._order_collectives()
+    command.order_collectives()
     assert os.environ["XLA_FLAGS"] == (flags if expected is None else expected)
 
 
