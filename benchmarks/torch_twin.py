@@ -16,6 +16,12 @@ from torch.nn import functional as F
 # What is written out below; another setting would be another model.
 _EXPECTED = {
     "position": "rope",
+    "rope_scaling": "none",
+    "rope_local_layers": (),
+    "partial_rotary_factor": 1.0,
+    "norm_unit_offset": False,
+    "post_norm": False,
+    "embedding_scale": 1.0,
     "norm": "rmsnorm",
     "mlp": "swiglu",
     "is_causal": True,

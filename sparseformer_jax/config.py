@@ -34,6 +34,7 @@ def validate(
     values = flatten(config)
     rules.check_values(values)
     rules.check_model(values)
+    rules.check_rotary(values)
     rules.check_data(values)
     rules.check_steps(values)
     mesh = rules.resolve_mesh(config.mesh, num_devices)
@@ -123,10 +124,13 @@ def _check_structure(config: ConfigDict, reference: ConfigDict, prefix: str) -> 
             raise ConfigError(f"{prefix}{key}.name: missing; it names the method")
 
 
+_TUPLES_OF_INTS = ("profile_steps", "rope_local_layers")
+
+
 def _annotation(reference: ConfigDict, key: str) -> Any:
     field_type = reference.get_type(key)
     if field_type is tuple:
-        return tuple[int, ...] if key == "profile_steps" else tuple[str, ...]
+        return tuple[int, ...] if key in _TUPLES_OF_INTS else tuple[str, ...]
     return field_type | None if reference[key] is None else field_type
 
 

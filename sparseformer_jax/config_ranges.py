@@ -13,6 +13,8 @@ _COUNT = (1, 10**9)  # fits int32, in which steps are counted
 _COUNT_OR_NONE = (0, 10**9)
 _WIDTH = (1, 10**6)
 _TOKENS = (1, 2**22)
+_ROPE_THETA = (1, 1e12)
+_TURNS = (1e-6, 1e6)  # of a rotary pair
 # Below one by more than the rounding of float32, in which 1 - x is divided by.
 _FRACTION = (0, 0.9999)
 
@@ -25,9 +27,19 @@ RANGES: dict[str, tuple[float, float]] = {
     "model.num_kv_heads": (1, 10**4),
     "model.head_dim": (1, 10**4),
     "model.mlp_dim": (1, 10**7),
-    "model.rope_theta": (1, 1e12),
+    "model.rope_theta": _ROPE_THETA,
+    "model.rope_factor": (1, 1e6),
+    "model.rope_original_positions": _TOKENS,
+    "model.rope_low_freq_factor": _TURNS,
+    "model.rope_high_freq_factor": _TURNS,
+    "model.rope_beta_slow": _TURNS,
+    "model.rope_beta_fast": _TURNS,
+    "model.rope_attention_factor": (1e-3, 1e3),
+    "model.partial_rotary_factor": (1e-4, 1),
+    "model.rope_local_theta": _ROPE_THETA,
     "model.max_positions": _TOKENS,
     "model.norm_eps": (1e-12, 0.1),
+    "model.embedding_scale": (1e-6, 1e6),
     "model.attention_scale": (1e-6, 1e3),
     "model.attention_soft_cap": (0.01, 1e6),
     "model.logits_soft_cap": (0.01, 1e6),

@@ -27,8 +27,9 @@ REMAT_POLICIES = (
 
 _CHOICES = {
     "model.position": ("rope", "learned", "none"),
+    "model.rope_scaling": ("none", "linear", "llama3", "yarn"),
     "model.norm": ("rmsnorm", "layernorm"),
-    "model.mlp": ("swiglu", "gelu", "gelu_tanh"),
+    "model.mlp": ("swiglu", "geglu_tanh", "gelu", "gelu_tanh"),
     "model.remat": ("none", "full", *REMAT_POLICIES),
     "model.param_dtype": _DTYPES,
     "model.compute_dtype": _DTYPES,
@@ -60,17 +61,82 @@ def check_values(values: dict[str, Any]) -> None:
 
 def check_model(values: dict[str, Any]) -> None:
     """Checks what the position encoding and the loss ask of the model."""
-    position, head_dim = values["model.position"], values["model.head_dim"]
-    if position == "rope" and head_dim % 2:
-        raise ConfigError(f"model.head_dim={head_dim}: rope needs an even number")
     seq_len, rows = values["data.seq_len"], values["model.max_positions"]
-    if position == "learned" and rows < seq_len:
+    if values["model.position"] == "learned" and rows < seq_len:
         raise ConfigError(
             f"model.max_positions={rows}: fewer learned positions than"
             f" data.seq_len={seq_len}; make it {seq_len} or more"
         )
     if not values["model.is_causal"]:
         raise ConfigError("model.is_causal=False: predicting the next token needs a causal model")
+
+
+# What each scaling reads, beside the factor: the first must be below the second.
+_TURNS_OF_SCALINGS = {
+    "llama3": ("model.rope_low_freq_factor", "model.rope_high_freq_factor"),
+    "yarn": ("model.rope_beta_slow", "model.rope_beta_fast"),
+}
+
+
+def check_rotary(values: dict[str, Any]) -> None:
+    """Checks which entries turn, and that what is set of rotary positions is read."""
+    position, scaling = values["model.position"], values["model.rope_scaling"]
+    if position == "rope":
+        _check_rotated(values["model.head_dim"], values["model.partial_rotary_factor"])
+    else:
+        rotary = {"rope_scaling": "none", "partial_rotary_factor": 1, "rope_local_layers": ()}
+        _check_unread(values, rotary, f"model.position={position!r}")
+    if scaling == "none":
+        _check_unread(values, {"rope_factor": 1}, "model.rope_scaling='none'")
+    if scaling != "yarn":
+        _check_unread(values, {"rope_attention_factor": None}, f"model.rope_scaling={scaling!r}")
+    if scaling in _TURNS_OF_SCALINGS:
+        low, high = _TURNS_OF_SCALINGS[scaling]
+        if values[low] >= values[high]:
+            raise ConfigError(f"{low}={values[low]}: must be below {high}={values[high]}")
+    if scaling == "yarn" and values["model.rope_theta"] == 1:
+        raise ConfigError("model.rope_theta=1.0: all pairs turn alike; yarn needs more than 1")
+    _check_local_layers(
+        values["model.rope_local_layers"],
+        values["model.rope_local_theta"],
+        values["model.num_layers"],
+    )
+
+
+def _check_unread(values: dict[str, Any], defaults: dict[str, Any], because: str) -> None:
+    """Refuses values of the model that another one leaves without meaning."""
+    for key, default in defaults.items():
+        value = values[f"model.{key}"]
+        if value != default:
+            raise ConfigError(
+                f"model.{key}={value!r}: {because} does not read it; set it to {default!r}"
+            )
+
+
+def _check_rotated(head_dim: int, part: float) -> None:
+    if part == 1 and head_dim % 2:
+        raise ConfigError(f"model.head_dim={head_dim}: rope needs an even number")
+    size = head_dim * part
+    # A third of 48 is 16 only but for rounding.
+    if abs(size - round(size)) > 1e-6 * head_dim or round(size) % 2 or size < 1:
+        raise ConfigError(
+            f"model.partial_rotary_factor={part}: rotates {size:g} of model.head_dim={head_dim}"
+            f" entries; take an even number, as {max(2, 2 * round(size / 2))}/{head_dim}"
+        )
+
+
+def _check_local_layers(layers: tuple[int, ...], theta: float | None, num_layers: int) -> None:
+    if bool(layers) != (theta is not None):
+        raise ConfigError(
+            f"model.rope_local_layers={layers}: goes together with"
+            f" model.rope_local_theta={theta}; set both or neither"
+        )
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside:
+        raise ConfigError(
+            f"model.rope_local_layers={layers}: names {outside}; the layers are 0 to"
+            f" {num_layers - 1}"
+        )
 
 
 def check_data(values: dict[str, Any]) -> None:

@@ -18,34 +18,7 @@ def get_config() -> ConfigDict:
     # layer; only what its method adds is initialised. A run that resumes does not read it.
     config.init_from = ""
 
-    config.model = model = ConfigDict()
-    model.vocab_size = 258  # at least the tokenizer's; 256 bytes, <bos>, <eos>
-    model.num_layers = 4
-    model.embed_dim = 128  # width of the residual stream
-    model.num_heads = 4  # query heads
-    model.num_kv_heads = 4  # key/value heads; divides num_heads (grouped queries)
-    model.head_dim = 32
-    model.mlp_dim = 384
-    model.is_causal = True  # False: bidirectional encoder, no next-token training
-    model.position = "rope"  # "rope" | "learned" | "none"
-    model.rope_theta = 10000.0  # base wavelength of rotary positions
-    model.max_positions = 2048  # rows of the learned position table
-    model.norm = "rmsnorm"  # "rmsnorm" | "layernorm"
-    model.norm_eps = 1e-6
-    model.mlp = "swiglu"  # "swiglu" | "gelu" | "gelu_tanh"
-    model.qk_norm = False  # RMS-normalise queries and keys per head
-    model.qkv_bias = False
-    model.out_bias = False  # bias of the attention output projection
-    model.mlp_bias = False
-    model.tie_embeddings = True  # the output head is the embedding table
-    model.attention_scale = placeholder(float)  # None: 1/sqrt(head_dim)
-    model.attention_soft_cap = placeholder(float)  # c tanh(logits / c) before softmax
-    model.logits_soft_cap = placeholder(float)  # the same on the output logits
-    model.dropout = 0.0  # rate on embeddings, attention and MLP outputs
-    model.remat = "none"  # "none" | "full" | a name in jax.checkpoint_policies
-    model.param_dtype = "float32"
-    model.compute_dtype = "float32"  # "bfloat16" on TPU and GPU
-    model.softmax_dtype = "float32"  # of output logits; attention's is always float32
+    config.model = _model()
 
     config.attention = attention = ConfigDict()
     attention.name = "dense"  # a module of sparseformer_jax/attention
@@ -110,3 +83,51 @@ def get_config() -> ConfigDict:
     mesh.tensor = 1  # heads, MLP and vocabulary
     mesh.context = 1  # sequence
     return config
+
+
+def _model() -> ConfigDict:
+    """The transformer, apart from what its attention does."""
+    model = ConfigDict()
+    model.vocab_size = 258  # at least the tokenizer's; 256 bytes, <bos>, <eos>
+    model.num_layers = 4
+    model.embed_dim = 128  # width of the residual stream
+    model.num_heads = 4  # query heads
+    model.num_kv_heads = 4  # key/value heads; divides num_heads (grouped queries)
+    model.head_dim = 32
+    model.mlp_dim = 384
+    model.is_causal = True  # False: bidirectional encoder, no next-token training
+    model.position = "rope"  # "rope" | "learned" | "none"
+    model.rope_theta = 10000.0  # base wavelength of rotary positions
+    # What makes them reach beyond the length of pretraining: "none" | "linear" | "llama3" | "yarn".
+    model.rope_scaling = "none"
+    model.rope_factor = 1.0  # how many times farther
+    model.rope_original_positions = 8192  # length of pretraining, of llama3 and yarn
+    model.rope_low_freq_factor = 1.0  # of llama3: pairs that turn less often in that length are
+    model.rope_high_freq_factor = 4.0  # scaled, those that turn more often than this are not
+    model.rope_beta_slow = 1.0  # of yarn: the same two numbers
+    model.rope_beta_fast = 32.0
+    model.rope_attention_factor = placeholder(float)  # of yarn; None: 0.1 ln(factor) + 1
+    model.partial_rotary_factor = 1.0  # the part of head_dim that is rotated, its first entries
+    model.rope_local_layers = ()  # layers with a base of their own and no scaling (Gemma 3)
+    model.rope_local_theta = placeholder(float)  # that base
+    model.max_positions = 2048  # rows of the learned position table
+    model.norm = "rmsnorm"  # "rmsnorm" | "layernorm"
+    model.norm_eps = 1e-6
+    model.norm_unit_offset = False  # norms multiply by 1 + scale, which starts at 0 (Gemma)
+    model.post_norm = False  # attention and MLP outputs are normalised too, before they are added
+    model.mlp = "swiglu"  # "swiglu" | "geglu_tanh" | "gelu" | "gelu_tanh"
+    model.qk_norm = False  # RMS-normalise queries and keys per head
+    model.qkv_bias = False
+    model.out_bias = False  # bias of the attention output projection
+    model.mlp_bias = False
+    model.embedding_scale = 1.0  # of token embeddings, in the compute dtype; Gemma: sqrt(embed_dim)
+    model.tie_embeddings = True  # the output head is the embedding table
+    model.attention_scale = placeholder(float)  # None: 1/sqrt(head_dim)
+    model.attention_soft_cap = placeholder(float)  # c tanh(logits / c) before softmax
+    model.logits_soft_cap = placeholder(float)  # the same on the output logits
+    model.dropout = 0.0  # rate on embeddings, attention and MLP outputs
+    model.remat = "none"  # "none" | "full" | a name in jax.checkpoint_policies
+    model.param_dtype = "float32"
+    model.compute_dtype = "float32"  # "bfloat16" on TPU and GPU
+    model.softmax_dtype = "float32"  # of output logits; attention's is always float32
+    return model

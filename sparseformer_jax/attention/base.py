@@ -26,8 +26,9 @@ from sparseformer_jax.attention.inputs import (
     partition,
 )
 from sparseformer_jax.model.config import ModelConfig
-from sparseformer_jax.model.layers import Norm, Projection, residual_scale, rotary
+from sparseformer_jax.model.layers import Norm, Projection, residual_scale
 from sparseformer_jax.model.read_only import read_only
+from sparseformer_jax.model.rotary import rotary
 
 
 @jax.tree_util.register_dataclass
@@ -228,8 +229,8 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         on_demand = {"x": x, "unrotated_query": query, "unrotated_key": key}
         if self.config.position == "rope":
-            query = rotary(query, positions, self.config.rope_theta)
-            key = rotary(key, positions, self.config.rope_theta)
+            query = rotary(query, positions, self.config)
+            key = rotary(key, positions, self.config)
         if weights is None:
             weights = jnp.ones_like(positions, jnp.float32)
         return Inputs(

@@ -55,7 +55,8 @@ from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.config import ModelConfig
-from sparseformer_jax.model.layers import Norm, Projection, rotary
+from sparseformer_jax.model.layers import Norm, Projection
+from sparseformer_jax.model.rotary import rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +330,7 @@ class Method(Attention):
             mapped += self.row_bias[...].astype(mapped.dtype)
         key = self.row_key(self.row_norm(x + mapped))
         if self.config.position == "rope":
-            key = rotary(key, positions, self.config.rope_theta)
+            key = rotary(key, positions, self.config)
         return key
 
 

@@ -15,8 +15,11 @@ from sparseformer_jax.model.config import ModelConfig
 
 Axes = tuple[str | None, ...]
 
+# MLPs with a gate, and those without.
+GATED = ("swiglu", "geglu_tanh")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swiglu": jax.nn.silu,
+    "geglu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
@@ -121,14 +124,17 @@ class Projection(nnx.Module):
 class Norm(nnx.Module):
     """RMSNorm, x / rms(x) * scale, or LayerNorm, (x - mean(x)) / std(x) * scale + bias.
 
-    Computed in float32 over the last dimension. Zhang & Sennrich 2019; Ba et al. 2016.
+    Computed in float32 over the last dimension. With `norm_unit_offset` the factor is 1 + scale.
+    Zhang & Sennrich 2019; Ba et al. 2016; Gemma Team 2024, as released.
     """
 
     def __init__(self, size: int, kind: str, config: ModelConfig) -> None:
         self.centered = kind == "layernorm"
         self.eps = config.norm_eps
+        self.has_unit_offset = config.norm_unit_offset
         param_dtype, self.dtype = config.dtypes
-        self.scale = nnx.Param(jnp.ones(size, param_dtype), axes=(None,))
+        start = jnp.zeros if self.has_unit_offset else jnp.ones
+        self.scale = nnx.Param(start(size, param_dtype), axes=(None,))
         self.bias = nnx.Param(jnp.zeros(size, param_dtype), axes=(None,)) if self.centered else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -137,7 +143,8 @@ class Norm(nnx.Module):
         if self.centered:
             y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        y *= self.scale[...].astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32)
+        y *= 1 + scale if self.has_unit_offset else scale
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
         return y.astype(self.dtype)
@@ -159,7 +166,7 @@ class Embedding(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """SwiGLU, (silu(x W_g) * x W_u) W_d (Shazeer 2020), or gelu(x W_u) W_d."""
+    """SwiGLU or GeGLU, (f(x W_g) * x W_u) W_d (Shazeer 2020), or gelu(x W_u) W_d."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         def up() -> Projection:
@@ -173,7 +180,7 @@ class Mlp(nnx.Module):
             )
 
         self.activation = config.mlp
-        self.gate = up() if config.mlp == "swiglu" else None
+        self.gate = up() if config.mlp in GATED else None
         self.up = up()
         self.down = Projection(
             (config.mlp_dim,),
@@ -197,22 +204,6 @@ class Mlp(nnx.Module):
 def residual_scale(config: ModelConfig) -> float:
     """Returns 1/sqrt(2L), which keeps the variance of the residual stream (GPT-2)."""
     return (2 * config.num_layers) ** -0.5
-
-
-def rotary(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
-) -> Float[Array, "B T N H"]:
-    """Returns x with its two halves rotated by positions * theta^(-2i/H).
-
-    Source: Su et al. 2021 (RoFormer), section 3.2, in the half-split layout of Llama.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def dropout(x: Float[Array, "*S"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*S"]:

@@ -1,7 +1,6 @@
 """The transformer: embedding, scanned stacks of blocks, output head."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
@@ -74,7 +73,10 @@ class Features:
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With `post_norm` x + norm(attention(norm(x))), and the MLP alike (Gemma 2, arXiv 2408.00118).
+    """
 
     def __init__(
         self, config: ModelConfig, attention: type[Attention], options: Any, *, rngs: nnx.Rngs
@@ -86,6 +88,10 @@ class Block(nnx.Module):
         self.attention = attention(config, options, rngs=attention_rngs)
         self.mlp_norm = Norm(config.embed_dim, config.norm, config)
         self.mlp = Mlp(config, rngs=mlp_rngs)
+        self.attention_post_norm, self.mlp_post_norm = (
+            Norm(config.embed_dim, config.norm, config) if config.post_norm else None
+            for _ in range(2)
+        )
 
     def __call__(
         self,
@@ -101,10 +107,52 @@ class Block(nnx.Module):
         attended = self.attention(
             self.attention_norm(x), positions, segment_ids, weights, step=step, rng=rngs[0]
         )
-        x = x + dropout(attended.output, self.dropout, rngs[1])
-        x = x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, rngs[2])
+        added = attended.output
+        if self.attention_post_norm is not None:
+            added = self.attention_post_norm(added)
+        x = x + dropout(added, self.dropout, rngs[1])
+        added = self.mlp(self.mlp_norm(x))
+        if self.mlp_post_norm is not None:
+            added = self.mlp_post_norm(added)
+        x = x + dropout(added, self.dropout, rngs[2])
         statistics = prefixed(attended.statistics, "attention")
         return x, Reports(attended.losses, attended.diagnostics, statistics)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """All that may differ between layers: those of one kind are stacked, and scan.
+
+    Attributes:
+      config: settings of the layer.
+      attention: its method.
+      options: of the method.
+      mark: anything else.
+    """
+
+    config: ModelConfig
+    attention: type[Attention]
+    options: Any
+    mark: Hashable
+
+    def block(self, *, rngs: nnx.Rngs) -> Block:
+        """Returns a layer of the kind."""
+        return Block(self.config, self.attention, self.options, rngs=rngs)
+
+
+def layer_kinds(
+    config: ModelConfig,
+    attention: type[Attention],
+    options: Any,
+    marks: Sequence[Hashable] | None = None,
+) -> list[LayerKind]:
+    """Returns the kind of each layer; the arguments are those of `Transformer`."""
+    methods = attention.layer_kinds(options, config.num_layers)
+    marked = zip(methods, marks or [None] * config.num_layers, strict=True)
+    return [
+        LayerKind(config.of_layer(layer), method, own, mark)
+        for layer, ((method, own), mark) in enumerate(marked)
+    ]
 
 
 class Transformer(nnx.Module):
@@ -142,15 +190,13 @@ class Transformer(nnx.Module):
             if config.position == "learned"
             else None
         )
-        kinds = attention.layer_kinds(options, config.num_layers)
-        marked = zip(kinds, marks or [None] * config.num_layers, strict=True)
-        groups = group_layers([(*kind, mark) for kind, mark in marked])
+        groups = group_layers(layer_kinds(config, attention, options, marks))
         sizes = [len(unit) * repeats for unit, repeats in groups]
         keys = _split_rows(layer_keys(rngs.params(), config.num_layers), sizes)
         self.stacks = nnx.List(
             [
                 LayerStack(
-                    [functools.partial(Block, config, *kind) for *kind, _ in unit],
+                    [kind.block for kind in unit],
                     own_keys,
                     config.remat,
                 )
@@ -227,7 +273,9 @@ class Transformer(nnx.Module):
         Raises:
           ValueError: positions are learned, and the sequence is longer than they are.
         """
+        # Rounded as what it multiplies: so were the models that have it trained.
         x = self.embedding(tokens)
+        x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.position_embedding is None:
             return x
         if tokens.shape[1] > self.config.max_positions:

@@ -21,10 +21,11 @@ def linear(p, x, in_dims=1):
     return jnp.tensordot(x, p["kernel"], in_dims) + p.get("bias", 0)
 
 
-def norm(p, x, kind, eps):
+def norm(p, x, kind, eps, offset=0):
     if kind == "layernorm":
         x = x - x.mean(-1, keepdims=True)
-    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"] + p.get("bias", 0)
+    scale = offset + p["scale"]
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale + p.get("bias", 0)
 
 
 def rotate(x, positions, theta):
@@ -39,8 +40,9 @@ def rotate(x, positions, theta):
 def attention(p, x, positions, mask, config):
     query, key, value = (linear(p[name], x) for name in ("query", "key", "value"))
     if config.qk_norm:
-        query = norm(p["query_norm"], query, "rmsnorm", config.norm_eps)
-        key = norm(p["key_norm"], key, "rmsnorm", config.norm_eps)
+        offset = config.norm_unit_offset
+        query = norm(p["query_norm"], query, "rmsnorm", config.norm_eps, offset)
+        key = norm(p["key_norm"], key, "rmsnorm", config.norm_eps, offset)
     if config.position == "rope":
         query = rotate(query, positions, config.rope_theta)
         key = rotate(key, positions, config.rope_theta)
@@ -63,22 +65,37 @@ def mlp(p, x, kind):
         hidden = gate / (1 + jnp.exp(-gate)) * up
     elif kind == "gelu":
         hidden = up * (1 + jax.lax.erf(up / 2**0.5)) / 2
+    elif kind == "geglu_tanh":
+        hidden = gelu_tanh(linear(p["gate"], x)) * up
     else:
-        hidden = up * (1 + jnp.tanh((2 / np.pi) ** 0.5 * (up + 0.044715 * up**3))) / 2
+        hidden = gelu_tanh(up)
     return linear(p["down"], hidden)
+
+
+def gelu_tanh(x):
+    return x * (1 + jnp.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
 
 
 def transformer(p, tokens, positions, masks, config):
     """Returns the logits; `masks` has one mask a layer, `p["layers"]` one block."""
-    x = p["embedding"]["table"][tokens]
+
+    def normalised(p, x):
+        return norm(p, x, config.norm, config.norm_eps, config.norm_unit_offset)
+
+    def added(block, name, y):
+        return normalised(block[f"{name}_post_norm"], y) if config.post_norm else y
+
+    x = config.embedding_scale * p["embedding"]["table"][tokens]
     if config.position == "learned":
         x = x + p["position_embedding"]["table"][positions]
-    for block, mask in zip(p["layers"], masks, strict=True):
-        y = norm(block["attention_norm"], x, config.norm, config.norm_eps)
-        x = x + attention(block["attention"], y, positions, mask, config)
-        y = norm(block["mlp_norm"], x, config.norm, config.norm_eps)
-        x = x + mlp(block["mlp"], y, config.mlp)
-    x = norm(p["final_norm"], x, config.norm, config.norm_eps)
+    for layer, (block, mask) in enumerate(zip(p["layers"], masks, strict=True)):
+        own = config.of_layer(layer)
+        y = normalised(block["attention_norm"], x)
+        y = attention(block["attention"], y, positions, mask, own)
+        x = x + added(block, "attention", y)
+        y = mlp(block["mlp"], normalised(block["mlp_norm"], x), config.mlp)
+        x = x + added(block, "mlp", y)
+    x = normalised(p["final_norm"], x)
     logits = x @ p["embedding"]["table"].T if config.tie_embeddings else linear(p["head"], x)
     cap = config.logits_soft_cap
     return cap * jnp.tanh(logits / cap) if cap else logits

@@ -70,14 +70,24 @@ def test_projection_keeps_variance(init_scale):
     assert abs(kernel[...].mean()) < 0.002
 
 
+@pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
-def test_norm(kind):
-    config = small_config(norm_eps=0.1)
+def test_norm(kind, offset):
+    config = small_config(norm_eps=0.1, norm_unit_offset=offset)
     norm = randomized(lambda: layers.Norm(20, kind, config))
     x = 3 + 0.5 * normal(0, 2, 5, 20)
-    expected = in_float64(lambda p, x: reference.norm(p, x, kind, 0.1), pure(norm), x)
+    expected = in_float64(lambda p, x: reference.norm(p, x, kind, 0.1, offset), pure(norm), x)
     assert_close(norm(jnp.asarray(x)), expected, 1e-6)
     assert (norm.bias is not None) == (kind == "layernorm")
+
+
+def test_norm_starts_at_a_factor_of_one():
+    x = jnp.asarray(normal(0, 2, 20))
+    plain, offset = (
+        layers.Norm(20, "rmsnorm", small_config(norm_unit_offset=has)) for has in (False, True)
+    )
+    np.testing.assert_array_equal(plain(x), offset(x))
+    assert not offset.scale[...].any()
 
 
 def test_norm_computes_in_float32():
@@ -88,7 +98,7 @@ def test_norm_computes_in_float32():
     assert_close(y, (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True), 0.01)
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ["swiglu", "geglu_tanh", "gelu", "gelu_tanh"])
 def test_mlp(kind):
     config = small_config(mlp=kind, mlp_bias=True)
     mlp = randomized(lambda: layers.Mlp(config, rngs=nnx.Rngs(0)))
@@ -103,26 +113,6 @@ def test_embedding_looks_up():
     table = embedding.table[...]
     tokens = jnp.asarray([[3, 36], [0, 3]])
     np.testing.assert_array_equal(embedding(tokens), np.asarray(table)[tokens])
-
-
-@pytest.mark.parametrize("theta", [10.0, 1e6])
-def test_rotary_turns_pairs_of_the_two_halves(theta):
-    x, positions = normal(0, 2, 5, 3, 8), np.arange(10, dtype=np.int32).reshape(2, 5)
-    actual = layers.rotary(jnp.asarray(x), jnp.asarray(positions), theta)
-    expected = in_float64(lambda x: reference.rotate(x, positions, theta), x)
-    assert_close(actual, expected, 1e-6)
-
-
-def test_rotary_depends_on_distances_only():
-    query, key = (jnp.asarray(normal(seed, 1, 9, 1, 8)) for seed in range(2))
-    positions = jnp.asarray([[3, 0, 7, 5, 5, 11, 2, 8, 1]])
-
-    def products(shift):
-        rotated = (layers.rotary(x, positions + shift, 100.0) for x in (query, key))
-        return jnp.einsum("btnh,bsnh->bts", *rotated)
-
-    assert_close(products(50), products(0), 1e-5)
-    assert jnp.abs(products(0) - jnp.einsum("btnh,bsnh->bts", query, key)).max() > 0.1
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.6])

@@ -32,11 +32,22 @@ GPT_NEO = {
     "attention_scale": 1.0,
 }
 QWEN = {"qkv_bias": True, "qk_norm": True, "rope_theta": 1e6, "num_kv_heads": 1}
+GEMMA = {
+    "qk_norm": True,
+    "norm_unit_offset": True,
+    "post_norm": True,
+    "mlp": "geglu_tanh",
+    "embedding_scale": 20**0.5,
+    "attention_soft_cap": 2.0,
+    "logits_soft_cap": 3.0,
+    "rope_local_layers": (0, 2),
+    "rope_local_theta": 50.0,
+}
 FAMILIES = {
     "llama": {"tie_embeddings": False},
     "qwen": QWEN,
     "gpt_neo": GPT_NEO,
-    "gemma": {"attention_soft_cap": 2.0, "logits_soft_cap": 0.5},
+    "gemma": GEMMA,
     "encoder": {"is_causal": False, "position": "none", "mlp": "gelu"},
 }
 
@@ -100,11 +111,12 @@ def test_number_of_parameters(family):
     norm = 2 * d if config.norm == "layernorm" else d
     attention = 2 * d * h * (n + k) + 2 * h * config.qk_norm
     attention += config.qkv_bias * h * (n + 2 * k) + config.out_bias * d
-    matrices = 3 if config.mlp == "swiglu" else 2
+    matrices = 3 if config.mlp in ("swiglu", "geglu_tanh") else 2
     mlp = matrices * d * f + config.mlp_bias * ((matrices - 1) * f + d)
     tables = config.vocab_size * (1 if config.tie_embeddings else 2)
     tables += config.max_positions * (config.position == "learned")
-    expected = tables * d + norm + config.num_layers * (attention + mlp + 2 * norm)
+    norms = 4 if config.post_norm else 2
+    expected = tables * d + norm + config.num_layers * (attention + mlp + norms * norm)
     model = nnx.eval_shape(lambda: make_model(**FAMILIES[family]))
     assert sum(x.size for x in jax.tree.leaves(nnx.state(model))) == expected
 
