@@ -1,7 +1,7 @@
 """What every method keeps to whose variables follow statistics of the tokens, new ones too.
 
 A method is tested at the "tiny" size of its config. What its variables become depends on the
-batch alone: on no mesh, number of pieces or recomputation.
+batch alone: on no mesh, number of pieces or recomputation. Checkpoints hold them bit for bit.
 """
 
 import pathlib
@@ -14,7 +14,9 @@ import pytest
 
 from sparseformer_jax import mesh, registry
 from sparseformer_jax.attention.base import Attention
-from sparseformer_jax.training.state import ModelDef
+from sparseformer_jax.training.checkpoint import Checkpoints, Meta
+from sparseformer_jax.training.restore import restore_state, saved_form
+from sparseformer_jax.training.state import ModelDef, TrainState
 from tests.model.harness import assert_close
 from tests.training.steps import packed_batch, train
 
@@ -79,6 +81,31 @@ def test_state_moves_and_padding_does_not_move_it(config, batch):
     for name, value in states[0].variables.items():
         assert np.abs(value - before[name]).max() > 0, name
         np.testing.assert_allclose(value, states[1].variables[name], rtol=1e-6, err_msg=name)
+
+
+def test_a_checkpoint_holds_it_for_every_mesh(config, tmp_path):
+    """Saved by eight devices, read by one and by eight that cut other axes."""
+    model_def = ModelDef(config)
+    random = np.random.default_rng(0)
+
+    def placed(x):
+        return jax.device_put(random.random(x.shape, np.float32), x.sharding)
+
+    with jax.set_mesh(mesh.make_mesh({"fsdp": 4, "tensor": 2})):
+        abstract = model_def.abstract(jax.sharding.get_mesh())
+        params, variables = jax.tree.map(placed, abstract)
+        with Checkpoints(tmp_path) as saved:
+            state = TrainState(7, params, variables)
+            saved.save(7, saved_form(model_def, state), Meta({}, "", "{}"))
+        expected = jax.device_get(variables)
+    for sizes in ({}, {"data": 2, "tensor": 2, "context": 2}):
+        devices = jax.devices()[: 8 if sizes else 1]
+        with jax.set_mesh(mesh.make_mesh(sizes, devices)):
+            restored = restore_state(model_def, tmp_path).variables
+        for name, value in restored.items():
+            assert len(value.sharding.device_set) == len(devices)
+            np.testing.assert_array_equal(value, expected[name], err_msg=name)
+        assert set(restored) == set(expected)
 
 
 def test_evaluation_makes_no_statistics(config, batch):
