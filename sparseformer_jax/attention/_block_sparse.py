@@ -98,9 +98,10 @@ class BlockSparseAttention(Attention):
         size, block_size = mask.query_block_size, self.rule().block_size
         if mask.inner_rule is None or block_size is None:
             return mask
-        # A traced offset may be anything to a rule. Here it is a multiple of the queries: if
-        # no tile crosses a block's border, the tiles say it all, and fast kernels take them.
-        if num_queries % size or block_size % size:
+        # A traced offset may be anything to a rule. Where devices cut the sequence it is a
+        # multiple of the queries: if no tile crosses a block's border, the tiles say it all,
+        # and fast kernels take them.
+        if not shard.seq_axes or num_queries % size or block_size % size:
             return mask
         return BlockMask.from_block_map(
             mask.block_map(),

@@ -45,7 +45,7 @@ class Shard:
       key_offset: position of the first local key; 0 where a method's keys are gathered.
       head_offset: index of the first local query head.
       num_heads: query heads in all shards together.
-      seq_axes: axes of the mesh that cut the sequence.
+      seq_axes: axes of the mesh that cut the sequence, into equal parts.
     """
 
     query_offset: Any = 0

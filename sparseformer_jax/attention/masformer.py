@@ -113,8 +113,6 @@ class Method(BlockSparseAttention):
 
     def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns attention over the span, with its density."""
-        if self.options.span != "block":
-            return super().attend(inputs, shard)
         query, key, value, segment_ids = (
             inputs.query,
             inputs.key,
@@ -122,6 +120,9 @@ class Method(BlockSparseAttention):
             inputs.segment_ids,
         )
         size, num_queries, num_keys = self.options.span_size, query.shape[1], key.shape[1]
+        is_anywhere = num_queries < num_keys and not shard.seq_axes
+        if self.options.span != "block" or is_anywhere:
+            return super().attend(inputs, shard)
         if num_queries < num_keys:
             if num_queries % size:
                 raise ConfigError(
