@@ -1,77 +1,73 @@
-"""Weights of transformers' Llama, Qwen and GPT-Neo under this project's names."""
+"""Weights of transformers' models under this project's names, in one table an architecture."""
 
-import re
+import jax
 
-import numpy as np
-from flax import nnx
-
-# (name in transformers, name here), for what stands once and for what each layer has.
-_TOP = {
-    r"(model\.embed_tokens|transformer\.wte)\.weight": "embedding/table",
-    r"transformer\.wpe\.weight": "position_embedding/table",
-    r"(model\.norm|transformer\.ln_f)": "final_norm",
-    r"lm_head": "head",
+# Our modules and theirs; "*" stands for the number of a layer.
+LLAMA = {
+    "embedding": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "layers/*/attention_norm": "model.layers.*.input_layernorm",
+    "layers/*/attention/query": "model.layers.*.self_attn.q_proj",
+    "layers/*/attention/key": "model.layers.*.self_attn.k_proj",
+    "layers/*/attention/value": "model.layers.*.self_attn.v_proj",
+    "layers/*/attention/out": "model.layers.*.self_attn.o_proj",
+    "layers/*/attention/query_norm": "model.layers.*.self_attn.q_norm",
+    "layers/*/attention/key_norm": "model.layers.*.self_attn.k_norm",
+    "layers/*/mlp_norm": "model.layers.*.post_attention_layernorm",
+    "layers/*/mlp/gate": "model.layers.*.mlp.gate_proj",
+    "layers/*/mlp/up": "model.layers.*.mlp.up_proj",
+    "layers/*/mlp/down": "model.layers.*.mlp.down_proj",
 }
-_LAYER = {
-    r"(ln_1|input_layernorm)": "attention_norm",
-    r"(ln_2|post_attention_layernorm)": "mlp_norm",
-    r"(attn\.attention|self_attn)": "attention",
-    r"mlp\.(c_fc|up_proj)": "mlp/up",
-    r"mlp\.(c_proj|down_proj)": "mlp/down",
-    r"mlp\.gate_proj": "mlp/gate",
-    r"q_proj": "query",
-    r"k_proj": "key",
-    r"v_proj": "value",
-    r"(o_proj|out_proj)": "out",
-    r"q_norm": "query_norm",
-    r"k_norm": "key_norm",
+GEMMA3 = LLAMA | {
+    "layers/*/attention_post_norm": "model.layers.*.post_attention_layernorm",
+    "layers/*/mlp_norm": "model.layers.*.pre_feedforward_layernorm",
+    "layers/*/mlp_post_norm": "model.layers.*.post_feedforward_layernorm",
 }
-_LAYER_NAME = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.*)")
+GPT_NEO = {
+    "embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "final_norm": "transformer.ln_f",
+    "head": "lm_head",
+    "layers/*/attention_norm": "transformer.h.*.ln_1",
+    "layers/*/attention/query": "transformer.h.*.attn.attention.q_proj",
+    "layers/*/attention/key": "transformer.h.*.attn.attention.k_proj",
+    "layers/*/attention/value": "transformer.h.*.attn.attention.v_proj",
+    "layers/*/attention/out": "transformer.h.*.attn.attention.out_proj",
+    "layers/*/mlp_norm": "transformer.h.*.ln_2",
+    "layers/*/mlp/up": "transformer.h.*.mlp.c_fc",
+    "layers/*/mlp/down": "transformer.h.*.mlp.c_proj",
+}
+# The last part of our name -> theirs, and whether it is the transposed one.
+PARAMETERS = {
+    "kernel": ("weight", True),
+    "table": ("weight", False),
+    "scale": ("weight", False),
+    "bias": ("bias", False),
+}
 
 
-def load(model, weights):
-    """Puts transformers' weights, arrays by name, in a model; all of its parameters."""
-    top, layers = {}, [{} for _ in range(model.config.num_layers)]
-    for name, value in weights.items():
-        found = _LAYER_NAME.match(name)
-        if found:
-            layers[int(found[1])][_rename(found[2], _LAYER)] = value
-        elif not (model.head is None and name == "lm_head.weight"):
-            top[_rename(name, _TOP)] = value
-    first = 0
-    for stack in model.stacks:
-        size = len(stack.unit)
-        rows = layers[first : first + stack.repeats * size]
-        for index, block in enumerate(stack.unit):
-            own = rows[index::size]
-            _fill(block, {name: np.stack([row[name] for row in own]) for name in own[0]})
-        first += len(rows)
-    for name in ("embedding", "position_embedding", "final_norm", "head"):
-        module = getattr(model, name)
-        if module is not None:
-            prefix = name + "/"
-            own = {k.removeprefix(prefix): v for k, v in top.items() if k.startswith(prefix)}
-            _fill(module, own)
-    return model
+def parameters(model_def, weights, table):
+    """All parameters of a model, stacked as it scans, of transformers' weights by name.
+
+    Every weight is used, but for a head that the embedding is tied to.
+    """
+    stacked = {n: jax.ShapeDtypeStruct(v.shape, v.dtype) for n, v in model_def.params.items()}
+    shapes = jax.eval_shape(model_def.to_layers, stacked)
+    unused, found = dict(weights), {}
+    for name, shape in shapes.items():
+        theirs, is_transposed = their_name(name, table)
+        value = unused.pop(theirs)
+        found[name] = (value.T if is_transposed else value).reshape(shape.shape)
+    assert unused.keys() <= ({"lm_head.weight"} if "head/kernel" not in shapes else set())
+    return model_def.from_layers(found)
 
 
-def _rename(name, table):
-    for pattern, ours in table.items():
-        name = re.sub(pattern, ours, name)
-    return name.replace(".", "/")
-
-
-def _fill(module, arrays):
-    """Linear weights come as [.., out, in], flat; norms call their scale a weight."""
-    graph = dict(nnx.to_flat_state(nnx.state(module)))
-    paths = {"/".join(map(str, path)): path for path in graph}
-    found = {}
-    for name, value in arrays.items():
-        stem, is_weight, _ = name.rpartition("weight")
-        if is_weight and stem + "kernel" in paths:
-            name, value = stem + "kernel", np.swapaxes(value, -1, -2)
-        elif is_weight:
-            name = stem + "scale"
-        found[paths[name]] = value.reshape(graph[paths[name]].shape)
-    assert found.keys() == graph.keys()
-    nnx.update(module, nnx.from_flat_state(list(found.items())))
+def their_name(name, table):
+    """Their name of one of our parameters, and whether it is transposed there."""
+    parts = name.split("/")
+    layer = parts[1] if parts[0] == "layers" else ""
+    if layer:
+        parts[1] = "*"
+    kind, is_transposed = PARAMETERS[parts.pop()]
+    return f"{table['/'.join(parts)].replace('*', layer)}.{kind}", is_transposed
