@@ -16,7 +16,7 @@ from flax import nnx
 from sparseformer_jax.attention import _balanced, _clusters, _nearby, _routed_heads, _tiles, routing
 from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.model.config import ModelConfig
-from sparseformer_jax.model.layers import rotary
+from sparseformer_jax.model.rotary import rotary
 from tests.golden import loading
 from tests.model.harness import assert_close
 
@@ -123,6 +123,19 @@ def test_routed_heads(name, settings):
     check({"weights": _tiles.attend(queries, keys, one_hot, is_visible, scale=1.0)}, arrays, OUTPUT)
 
 
+def model(width, num_heads, head_dim, **settings):
+    return ModelConfig(
+        vocab_size=1,
+        num_layers=1,
+        embed_dim=width,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=head_dim,
+        mlp_dim=1,
+        **settings,
+    )
+
+
 def authors_layer(arrays, settings):
     """The module with a file's parameters, and how their heads are ours: [routed, local]."""
     routed, local, window = (settings[n] for n in ("routed_heads", "local_heads", "block"))
@@ -137,17 +150,7 @@ def authors_layer(arrays, settings):
         block_size=window,
         local_blocks=settings["flange"] // window + 1,
     )
-    config = ModelConfig(
-        vocab_size=1,
-        num_layers=1,
-        embed_dim=width,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=head_dim,
-        mlp_dim=1,
-        is_causal=settings["causal"],
-        position="none",
-    )
+    config = model(width, num_heads, head_dim, is_causal=settings["causal"], position="none")
     module = routing.Method(config, options, rngs=nnx.Rngs(0))
     module.centroids[...] = jnp.asarray(arrays["means"])
     is_routed = np.diff(np.arange(num_heads + 1) * routed // num_heads) > 0
@@ -350,6 +353,7 @@ def test_port_layer(name, settings):
     local, head_dim = settings["local_heads"], settings["d"]
     operands = {"x": arrays["x"]} | {n: arrays[n] for n in arrays if n.startswith(("w_", "b_"))}
     operands = jax.tree.map(jnp.asarray, operands)
+    config = model(operands["x"].shape[-1], local, head_dim)
 
     def split(y):
         return y.reshape(*y.shape[:2], -1, head_dim)
@@ -361,8 +365,8 @@ def test_port_layer(name, settings):
         query, key, value = nearby
         assert query.shape[2] == local
         of_local = _nearby.attend(
-            rotary(query, positions, 10000.0),
-            rotary(key, positions, 10000.0),
+            rotary(query, positions, config),
+            rotary(key, positions, config),
             value,
             settings["local_window"],
             2,
