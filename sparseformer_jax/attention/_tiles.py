@@ -1,6 +1,13 @@
-"""Attention inside many small tiles at once, with learned embeddings of relative places."""
+"""Attention inside many small tiles, with learned embeddings of relative places.
 
-from typing import NamedTuple
+Nothing of the size of the scores is kept: the backward pass computes them once more. An
+accelerator takes all tiles together, a CPU as many at a time as its cache holds.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Shaped
 from pallas_kernels import precision
 from sparseformer_jax.model.layers import soft_cap
 
+# Scores that a CPU computes together: 256 KiB in float32.
+_SCORES_IN_CACHE = 2**16
 # The logit of what is seen only where there is nothing else (Kitaev et al. 2020, section 2).
 _LAST_RESORT = -5e4
 
@@ -55,6 +64,115 @@ def attend(
       relative: r, by j + first_place - p.
       first_place: place of a tile's first key, counted from its first query.
     """
+    tiles, shape = query.shape[:-2], (*query.shape[:-1], key.shape[-2])
+
+    def flat(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return jnp.broadcast_to(x, shape).reshape(-1, *shape[-2:])
+
+    masks = [visible] if last_resort is None else [visible, last_resort]
+    out = _attend(
+        _Plan(scale, cap, first_place),
+        tuple(flat(x, x.shape) for x in (query, key, value)),
+        relative,
+        [x if x.ndim <= 2 else flat(x, shape) for x in masks],
+    )
+    return out.reshape(*tiles, *out.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is static of `attend`."""
+
+    scale: float
+    cap: float | None
+    first_place: int
+
+
+# Queries, keys and values, or more, of U tiles: [U, ., .].
+_Tiles = tuple[Float[Array, "U _ _"], ...]
+# `visible`, and `last_resort` if there is one: [U, P, W], or broadcast if all tiles share it.
+_Masks = list[Bool[Array, "..."]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    plan: _Plan, tiles: _Tiles, relative: Relative | None, masks: _Masks
+) -> Float[Array, "U P V"]:
+    """Attention of tiles in one row."""
+
+    def forward(*arrays: Any) -> tuple[jax.Array, None]:
+        return _together(plan, *arrays), None
+
+    return _on_platform(forward, None, tiles, relative, masks)[0]
+
+
+def _attend_fwd(plan: _Plan, *arrays: Any) -> tuple[Float[Array, "U P V"], tuple[Any, ...]]:
+    return _attend(plan, *arrays), arrays
+
+
+def _attend_bwd(
+    plan: _Plan, residuals: tuple[_Tiles, Relative | None, _Masks], d_out: Float[Array, "U P V"]
+) -> tuple[_Tiles, Relative | None, None]:
+    tiles, relative, masks = residuals
+
+    def backward(tiles: _Tiles, relative: Relative | None, masks: _Masks) -> tuple[Any, Any]:
+        def forward(tiles: _Tiles, relative: Relative | None) -> jax.Array:
+            return _together(plan, tiles, relative, masks)
+
+        _, pull = jax.vjp(forward, tiles[:-1], relative)
+        return pull(tiles[-1])
+
+    zeros = jax.tree.map(jnp.zeros_like, relative)
+    return *_on_platform(backward, zeros, (*tiles, d_out), relative, masks), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+# What it returns of every tile, and of all together.
+_OfTiles = Callable[[_Tiles, Relative | None, _Masks], tuple[Any, Any]]
+
+
+def _on_platform(function: _OfTiles, zeros: Any, *arrays: Any) -> tuple[Any, Any]:
+    """Calls a function of tiles, on a CPU group by group."""
+    in_groups = functools.partial(_in_groups, function, zeros)
+    return jax.lax.platform_dependent(*arrays, cpu=in_groups, default=function)
+
+
+def _in_groups(
+    function: _OfTiles, zeros: Any, tiles: _Tiles, relative: Relative | None, masks: _Masks
+) -> tuple[Any, Any]:
+    """Calls a function of as many tiles at a time as the cache holds.
+
+    Args:
+      function: of tiles.
+      zeros: to add to what it returns of all tiles together.
+      tiles: arrays of U tiles.
+      relative: embeddings that all share.
+      masks: of U tiles, or of all.
+    """
+    count, scores = len(tiles[0]), tiles[0].shape[1] * tiles[1].shape[1]
+    most = max(1, min(count, _SCORES_IN_CACHE // scores))
+    size = max(n for n in range(1, most + 1) if count % n == 0)
+    own = [mask for mask in masks if mask.ndim == 3]
+
+    def step(sums: Any, group: tuple[_Tiles, _Masks]) -> tuple[Any, Any]:
+        tiles, own = group
+        of_group = iter(own)
+        all_masks = [next(of_group) if mask.ndim == 3 else mask for mask in masks]
+        of_tiles, of_all = function(tiles, relative, all_masks)
+        return jax.tree.map(jnp.add, sums, of_all), of_tiles
+
+    groups = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (tiles, own))
+    sums, of_tiles = jax.lax.scan(step, zeros, groups)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), of_tiles), sums
+
+
+def _together(
+    plan: _Plan, tiles: _Tiles, relative: Relative | None, masks: _Masks
+) -> Float[Array, "U P V"]:
+    """Attention of tiles at once, all scores in memory."""
+    query, key, value = tiles
+    visible, *last_resort = masks
     exact = precision.exact(query.dtype)
     dtype = jnp.promote_types(query.dtype, jnp.float32)
 
@@ -62,20 +180,20 @@ def attend(
         y = y.astype(x.dtype)
         return jnp.einsum(subscripts, x, y, precision=exact, preferred_element_type=dtype)
 
-    logits = product("...ph,...jh->...pj", query, key)
+    logits = product("uph,ujh->upj", query, key)
     num_queries, num_keys = logits.shape[-2:]
     if relative is not None:
-        tables = [_by_difference(x, num_queries, num_keys, first_place) for x in relative]
-        logits += _skew(product("...ph,dh->...pd", query, tables[0]), num_keys)
-    logits = soft_cap(scale * logits, cap)
-    if last_resort is not None:
-        logits = jnp.where(last_resort, _LAST_RESORT, logits)
+        tables = [_by_difference(x, num_queries, num_keys, plan.first_place) for x in relative]
+        logits += _skew(product("uph,dh->upd", query, tables[0]), num_keys)
+    logits = soft_cap(plan.scale * logits, plan.cap)
+    for is_last in last_resort:
+        logits = jnp.where(is_last, _LAST_RESORT, logits)
     # Finite, so that a query that sees nothing never meets inf - inf.
     logits = jnp.where(visible, logits, jnp.finfo(dtype).min)
     weights = jnp.where(visible, jax.nn.softmax(logits), 0).astype(query.dtype)
-    out = product("...pj,...jh->...ph", weights, value)
+    out = product("upj,ujh->uph", weights, value)
     if relative is not None:
-        out += product("...pd,dh->...ph", _unskew(weights), tables[1])
+        out += product("upd,dh->uph", _unskew(weights), tables[1])
     return out.astype(query.dtype)
 
 
