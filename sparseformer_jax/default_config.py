@@ -71,6 +71,9 @@ def get_config() -> ConfigDict:
     evaluation.split = "validation"
     evaluation.num_batches = 16  # 0: the whole split
     evaluation.batch_size = 8
+    # Pictures of the model at every evaluation, in TensorBoard where that and matplotlib are
+    # installed. Parameters come to the host's memory for them, as they do for a checkpoint.
+    evaluation.plots = True
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 500  # steps; the last step is always saved. 0: only that

@@ -20,6 +20,7 @@ SHORT = (
     *("--config=configs/s2.py:tiny", "--config.data.files={tmp}/train.txt"),
     *("--config.eval.split=train", "--config.train.num_steps=2", "--config.data.seq_len=64"),
     *("--config.optimizer.warmup_steps=0", "--config.model.num_layers=1"),
+    "--config.eval.plots=False",
 )
 
 # Each is added to a training command that is right.

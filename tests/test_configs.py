@@ -68,6 +68,7 @@ def test_tiny_trains_two_steps(method, tmp_path, capsys):
     config.optimizer.warmup_steps = 1
     config.train.batch_size = jax.device_count()
     config.eval.num_batches = 1
+    config.eval.plots = False
     validate(config)
     loop.train(config, tmp_path)
     assert "step 2/2" in capsys.readouterr().out

@@ -30,6 +30,7 @@ SHORT = (
         "--config.train.accumulation_steps=1",
         "--config.data.seq_len=512",
         "--config.eval.num_batches=1",
+        "--config.eval.plots=False",
     ),
     *("--config.model.num_layers=1", "--config.model.embed_dim=32", "--config.model.mlp_dim=32"),
     *("--config.model.compute_dtype=float32", "--config.model.vocab_size=600"),

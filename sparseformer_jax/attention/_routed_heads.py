@@ -67,7 +67,7 @@ def attend_last_members(
     counts = _clusters.sizes(vectors.nearest, num_clusters).astype(jnp.float32)
     return output, {
         "density": jnp.mean(density(options, counts, num_keys, is_causal=True)),
-        "largest_cluster": jnp.mean(jnp.max(counts, axis=-1)) / num_keys,
+        **_shares(counts),
     }
 
 
@@ -99,10 +99,47 @@ def attend_balanced(
     output = _balanced.mean(read, queries, num_keys, _TAKEN)
     if num_queries < num_keys:
         output = jax.lax.dynamic_slice_in_dim(output, shard.query_offset, num_queries, axis=1)
+    counts = _clusters.sizes(key.nearest, options.num_clusters).astype(jnp.float32)
     return output, {
         "density": density(options, jnp.zeros(options.num_clusters), num_keys, is_causal),
         "untaken": jnp.mean(_balanced.times(queries, num_keys) == 0, dtype=jnp.float32),
+        **_shares(counts),
     }
+
+
+def _shares(counts: Float[Array, "B R C"]) -> dict[str, Float[Array, ""]]:
+    """The fraction of a sequence nearest to its smallest, median and largest cluster's centroid."""
+    shares = counts / jnp.sum(counts, axis=-1, keepdims=True)
+    found = {
+        "smallest_cluster": jnp.min(shares, axis=-1),
+        "median_cluster": jnp.median(shares, axis=-1),
+        "largest_cluster": jnp.max(shares, axis=-1),
+    }
+    return {name: jnp.mean(share) for name, share in found.items()}
+
+
+def inspect(
+    options: Any, vectors: Vectors, segment_ids: Int[Array, "B S"] | None
+) -> dict[str, Array]:
+    """Returns which clusters hold which tokens of a window, by name.
+
+    They are "members" [B, R, C, S], whether a cluster holds a query: with "causal" its nearest
+    one, with "paper" those that took it; "sizes" [B, R, C], of how many tokens each centroid
+    is the nearest; "mates" [B, R, S], the members of a token's nearest one in its document
+    before it.
+    """
+    nearest = vectors.nearest
+    is_nearest = nearest[:, :, None] == jnp.arange(options.num_clusters)[:, None]
+    members = is_nearest
+    if options.selection == "paper":
+        taken = _balanced.best(vectors.scores, options.window_size)
+        tokens = jnp.arange(nearest.shape[-1])
+        members = jnp.any(taken[..., None] == tokens, axis=-2)
+    same = jnp.tril(nearest[..., :, None] == nearest[..., None, :], -1)
+    if segment_ids is not None:
+        same &= (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
+    sizes, mates = jnp.sum(is_nearest, axis=-1), jnp.sum(same, axis=-1)
+    return {"members": members, "sizes": sizes, "mates": mates}
 
 
 def density(

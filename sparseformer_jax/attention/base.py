@@ -6,7 +6,7 @@ A method subclasses `Attention` and overrides `attend`, which sees local arrays 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,14 @@ from sparseformer_jax.attention.inputs import (
     local_shard,
     partition,
 )
+from sparseformer_jax.figures import Shown
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.layers import Norm, Projection, residual_scale
 from sparseformer_jax.model.read_only import read_only
 from sparseformer_jax.model.rotary import rotary
+
+if TYPE_CHECKING:  # of an extra
+    from matplotlib.figure import Figure
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +59,8 @@ class AttentionOutput:
 class Attention(nnx.Module):
     """Attention with grouped queries; a subclass says which keys each query attends to.
 
-    A method overrides `attend` and `density`; `layer_kinds` if its layers differ.
+    A method overrides `attend` and `density`; `layer_kinds` if its layers differ; `inspect` and
+    `figures` where it has pictures of its own.
     Parameters of its own are made after `super().__init__` and named with logical axes, and
     so are variables that no gradient moves, which are of a subclass of `nnx.Variable`. What
     those learn from, `attend` returns as statistics; `update` runs once a step.
@@ -196,6 +201,33 @@ class Attention(nnx.Module):
         return _one_hot.weights(
             inputs, lambda inputs: {"attended": self.attend(inputs, shard).output}
         )
+
+    def inspect(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        *,
+        step: Any = 0,
+    ) -> dict[str, Array]:
+        """Returns what `figures` draws of a layer, arrays [B, ..] by name; like `weights_by_kind`.
+
+        Args:
+          x: what the module is called with, as are the others.
+          positions: of each token in its document.
+          segment_ids: document of each token; None: one.
+          step: of training.
+        """
+        return {}
+
+    @classmethod
+    def figures(cls, shown: Shown) -> Mapping[str, Sequence["Figure"]]:
+        """Returns the pages of the method's own pictures by name, besides those of any method.
+
+        Args:
+          shown: what `inspect` says of the layers, and what the run has logged.
+        """
+        return {}
 
     def effective_attention(
         self,

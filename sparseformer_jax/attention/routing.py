@@ -35,18 +35,18 @@ As a layer of its own, whose centroids `Method.update` moves once a step:
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from pallas_kernels.rules import Local, Rule
-from sparseformer_jax.attention import _clusters, _nearby, _routed_heads
+from sparseformer_jax.attention import _clusters, _nearby, _routed_figures, _routed_heads
 from sparseformer_jax.attention._block_sparse import BlockSparseAttention, check_implementation
 from sparseformer_jax.attention._routed_layers import (
     LocalQueries,
@@ -57,7 +57,11 @@ from sparseformer_jax.attention._routed_layers import (
 from sparseformer_jax.attention.base import AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.figures import Shown
 from sparseformer_jax.model.config import ModelConfig
+
+if TYPE_CHECKING:  # of an extra
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +275,38 @@ class Method(BlockSparseAttention):
         density = jnp.asarray(density / num_heads, jnp.float32)
         diagnostics = attended.diagnostics | {"density": density}
         return dataclasses.replace(attended, output=output, diagnostics=diagnostics)
+
+    def inspect(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        *,
+        step: Any = 0,
+    ) -> dict[str, Array]:
+        """Returns "head" [B, R] and what `_routed_heads.inspect` says of the routed heads.
+
+        Args:
+          x: what the module is called with, as are the others.
+          positions: of each token in its document.
+          segment_ids: document of each token; None: one.
+          step: of training.
+        """
+        num_heads = self.config.num_heads
+        heads = np.flatnonzero(_is_routed(num_heads, self.options.routed(num_heads)))
+        if not len(heads):
+            return {}
+        inputs = self._inputs(x, positions, segment_ids, None, step)
+        projected = inputs.unrotated_key if self.options.share_qk else inputs.unrotated_query
+        centroids = self.centroids[...].astype(jnp.float32)
+        vectors = _routed_heads.vectors(projected[:, :, heads], centroids)
+        numbers = jnp.broadcast_to(heads, (x.shape[0], len(heads)))
+        return {"head": numbers, **_routed_heads.inspect(self.options, vectors, segment_ids)}
+
+    @classmethod
+    def figures(cls, shown: Shown) -> Mapping[str, Sequence["Figure"]]:
+        """Returns the clusters along the text, and their sizes, also over training."""
+        return _routed_figures.draw(shown)
 
     def _attend_nearby(
         self, inputs: Inputs, shard: Shard, heads: np.ndarray

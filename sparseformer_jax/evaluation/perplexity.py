@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from sparseformer_jax import config as config_lib
@@ -15,7 +16,9 @@ from sparseformer_jax import data, mesh
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import NonFiniteError
 from sparseformer_jax.evaluation import inspection, pictures, sums
-from sparseformer_jax.model.loss import cross_entropy
+from sparseformer_jax.evaluation.plots import logged
+from sparseformer_jax.evaluation.sums import Losses
+from sparseformer_jax.model.loss import token_losses
 from sparseformer_jax.training.batches import DeviceBatch
 from sparseformer_jax.training.changes import evaluated_differently
 from sparseformer_jax.training.checkpoint import Checkpoints
@@ -36,6 +39,17 @@ class Evaluator:
         self._step = jax.jit(make_eval_step(model_def))
 
     def __call__(self, state: TrainState) -> dict[str, float]:
+        """Returns the `numbers` of what `measure` says of a state."""
+        return self.numbers(self.measure(state))
+
+    def measure(self, state: TrainState) -> Losses:
+        """Returns losses by position and densities by layer, in one pass over the windows."""
+        step = functools.partial(self._step, state)
+        found = sums.over_batches(self._config, self._corpus, step)
+        tokens = found["tokens"]
+        return Losses(found["nll"], tokens, found["density"] / tokens.sum())
+
+    def numbers(self, losses: Losses) -> dict[str, float]:
         """Returns loss (nats per token), perplexity, bits_per_byte, tokens and density.
 
             perplexity = exp(loss)    bits_per_byte = loss / ln 2 * tokens / bytes
@@ -46,10 +60,8 @@ class Evaluator:
         Raises:
           NonFiniteError: the loss is not a finite number.
         """
-        step = functools.partial(self._step, state)
-        found = sums.over_batches(self._config, self._corpus, step)
-        nll, tokens, density = map(float, found)
-        loss = nll / tokens
+        tokens = float(losses.tokens.sum())
+        loss = float(losses.nll.sum()) / tokens
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"evaluation loss is {loss} over {tokens:.0f} tokens: these parameters predict "
@@ -62,25 +74,31 @@ class Evaluator:
             "perplexity": perplexity(loss),
             "bits_per_byte": loss / math.log(2) * tokens_per_byte,
             "tokens": tokens,
-            "density": density / tokens,
+            "density": float(losses.density.mean()) if losses.density.size else 1.0,
         }
 
 
 def make_eval_step(
     model_def: ModelDef,
-) -> Callable[[TrainState, DeviceBatch], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the function (state, batch) -> sums over tokens, to be compiled.
+) -> Callable[[TrainState, DeviceBatch], dict[str, jax.Array]]:
+    """Returns the function (state, batch) -> sums over windows, to be compiled.
 
-    They are the loss, the tokens, and the density that each was predicted with.
+    They are nats and tokens of each position [T], and the density of each layer [L] that its
+    tokens were predicted with.
     """
 
-    def step(state: TrainState, batch: DeviceBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def step(state: TrainState, batch: DeviceBatch) -> dict[str, jax.Array]:
         model = model_def.model(state.params, state.variables, state.step)
         output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"])
-        nll, _ = cross_entropy(model, output.hidden, batch["targets"], batch["weights"])
-        density = jnp.mean(output.diagnostics.get("density", jnp.ones(1)))
-        tokens = jnp.sum(batch["weights"])
-        return nll, tokens, tokens * density
+        weights = batch["weights"]
+        nll = weights * token_losses(model, output.hidden, batch["targets"])
+        density = output.diagnostics.get("density", jnp.ones(0))
+        found = {
+            "nll": jnp.sum(nll, axis=0),
+            "tokens": jnp.sum(weights, axis=0),
+            "density": jnp.sum(weights) * density,
+        }
+        return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), found)
 
     return step
 
@@ -123,12 +141,14 @@ def evaluate_checkpoint(
         overrides = evaluated_differently(config_lib.from_json(meta.config), config)
         if corpus.fingerprint != meta.corpus:
             overrides["text"] = "not that of the run"
-        results = Evaluator(config, model_def, corpus)(state)
+        evaluator = Evaluator(config, model_def, corpus)
+        losses = evaluator.measure(state)
+        results = evaluator.numbers(losses)
+        window = None
         if plots is not None:
-            losses = inspection.measure(config, model_def, corpus, state)
-            state = inspection.on_host(state)
-    if plots is not None and mesh.is_primary():
-        kept = inspection.kept_pairs(config, model_def, corpus, state)
-        pictures.draw(plots, losses, kept, f"{config.attention.name}, step {step}, {split}")
+            window = inspection.first_window(config, model_def, corpus, state)
+    if plots is not None and window is not None:
+        title = f"{config.attention.name}, step {step}, {split}"
+        pictures.save(plots, pictures.draw(losses, window, logged(workdir, step), title))
     subject = {"step": step, "split": split, "text": corpus.fingerprint, "overrides": overrides}
     return {**subject, **results}

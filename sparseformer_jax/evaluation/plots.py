@@ -10,9 +10,11 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sparseformer_jax import figures
 from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.figures import Series
 from sparseformer_jax.training.workdir import METRICS_FILE
 
 if TYPE_CHECKING:  # an extra, imported where it is needed
@@ -20,10 +22,7 @@ if TYPE_CHECKING:  # an extra, imported where it is needed
 
 PICTURE_FILE = "loss.png"
 
-Series = dict[str, tuple[list[int], list[float]]]
-
 _MISSING = 'pictures need matplotlib: pip install "sparseformer_jax[plots]"'
-_COLOURS = {"train": "#8ecae6", "eval": "#d1495b", "other": "#0b3c5d"}
 
 
 def has_matplotlib() -> bool:
@@ -57,6 +56,21 @@ def read(workdir: Path) -> Series:
     return series
 
 
+def logged(workdir: Path, step: int) -> Series:
+    """Returns what `read` does up to a step; nothing where there are no metrics.
+
+    Raises:
+      ConfigError: a line of them is damaged.
+    """
+    if not (workdir / METRICS_FILE).is_file():
+        return {}
+    found: Series = {}
+    for name, (steps, values) in read(workdir).items():
+        number = sum(at <= step for at in steps)
+        found[name] = steps[:number], values[:number]
+    return found
+
+
 def draw(workdir: Path, output: Path | None = None) -> Path:
     """Draws the picture of a run and returns its path, `workdir`/loss.png unless given.
 
@@ -77,25 +91,23 @@ def figure(series: Series, title: str) -> "Figure":
     """Returns the picture of a run's metrics: loss on the left, rate and speed on the right."""
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(8, 3.2), dpi=110, layout="constrained")
+    picture = Figure(figsize=(figures.WIDTH, 3.2), dpi=figures.DPI, layout="constrained")
     grid = picture.add_gridspec(2, 2, width_ratios=(3, 2))
     loss = picture.add_subplot(grid[:, 0])
     rate = picture.add_subplot(grid[0, 1], sharex=loss)
     speed = picture.add_subplot(grid[1, 1], sharex=loss)
-    _line(loss, series, "train/loss", _COLOURS["train"], label="training")
-    _line(loss, series, "eval/loss", _COLOURS["eval"], label="evaluation", marker="o")
+    figures.line(loss, series, "train/loss", figures.PALE, label="training")
+    figures.line(loss, series, "eval/loss", figures.RED, label="evaluation", marker="o")
     loss.set(ylabel="loss (nats per token)", xlabel="step", title=title)
     if loss.lines:
         loss.legend(frameon=False)
-    _line(rate, series, "train/learning_rate", _COLOURS["other"])
+    figures.line(rate, series, "train/learning_rate", figures.DARK)
     rate.set(ylabel="learning rate")
     rate.tick_params(labelbottom=False)
-    _line(speed, series, "train/tokens_per_second", _COLOURS["other"])
+    figures.line(speed, series, "train/tokens_per_second", figures.DARK)
     speed.set(ylabel="tokens / s", xlabel="step")
     for panel in (loss, rate, speed):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color="0.9", linewidth=0.6)
-        panel.set_axisbelow(True)
+        figures.tidy(panel)
     for panel in (rate, speed):
         panel.set_ylim(bottom=0)
         panel.locator_params(axis="x", nbins=6)
@@ -140,11 +152,6 @@ class Painter:
         except OSError as error:
             self._tell(f"no {PICTURE_FILE}: {error}")
         self._drawing = None
-
-
-def _line(panel: Any, series: Series, name: str, colour: str, **options: Any) -> None:
-    if name in series:
-        panel.plot(*series[name], color=colour, linewidth=1.5, markersize=4, **options)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,40 @@
 """Sums over the evaluated windows of a split."""
 
+import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sparseformer_jax import data, mesh
 from sparseformer_jax.training.batches import DeviceBatch, place
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What was measured over all evaluated windows.
+
+    Attributes:
+      nll: sum over windows of the loss at each position in them, in nats.
+      tokens: how many were predicted there, by weight.
+      density: of each layer that reports it, the mean over tokens.
+    """
+
+    nll: Float[np.ndarray, " T"]
+    tokens: Float[np.ndarray, " T"]
+    density: Float[np.ndarray, " L"]
+
+    @property
+    def bits(self) -> Float[np.ndarray, " T"]:
+        """Bits per token at each position; nan: nothing was predicted."""
+        with np.errstate(invalid="ignore"):
+            return self.nll / self.tokens / math.log(2)
 
 
 def over_batches(

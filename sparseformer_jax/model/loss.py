@@ -1,9 +1,13 @@
 """The training loss: cross-entropy over weighted targets, with an optional z-loss, in chunks."""
 
-from typing import Protocol, runtime_checkable
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sparseformer_jax import mesh
@@ -44,52 +48,98 @@ def cross_entropy(
       targets: token ids.
       weights: of the targets.
     """
+
+    def sums(nll: jax.Array, log_z: jax.Array, weights: jax.Array) -> Sums:
+        return jnp.sum(weights * nll), jnp.sum(weights * jnp.square(log_z))
+
+    def total(chunks: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> Sums:
+        return jax.lax.psum(jax.tree.map(jnp.sum, chunks), axes)
+
+    return _over_tokens(head, hidden, (targets, weights), sums, total, mesh.spec())
+
+
+def token_losses(
+    head: OutputHead, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Returns log Z - logit of the target, in nats, of each token; see `cross_entropy`."""
+
+    def joined(chunks: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+        return chunks.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+    rows = mesh.spec("batch", "seq")
+    return _over_tokens(head, hidden, (targets,), lambda nll, log_z: nll, joined, rows)
+
+
+def _over_tokens(
+    head: OutputHead,
+    hidden: jax.Array,
+    rows: tuple[jax.Array, ...],
+    of_chunk: Callable[..., Any],
+    join: Callable[[Any, tuple[int, ...], tuple[str, ...]], Any],
+    spec: PartitionSpec,
+) -> Any:
+    """What each device joins of its chunks of tokens.
+
+    Args:
+      head: the model.
+      hidden: what the output head reads.
+      rows: targets, and what else `of_chunk` takes of each token.
+      of_chunk: called with nll and log Z of a chunk's tokens, and the rest of its `rows`.
+      join: called with what that returns, stacked, the shape [B, T] of a device's tokens, and
+        the axes of the mesh that cut them.
+      spec: how devices hold the result.
+    """
     kernel = head.output_kernel()
     # The gradient of the kernel is summed over chunks: in float32 at least.
     kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+
+    def local(
+        hidden: jax.Array,
+        kernel: jax.Array,
+        *rows: jax.Array,
+        vocab_axis: str | None = None,
+        token_axes: tuple[str, ...] = (),
+    ) -> Any:
+        found = _in_chunks(head, hidden, kernel, rows, of_chunk, vocab_axis)
+        return join(found, rows[0].shape, token_axes)
+
     if not mesh.is_active():
-        return _local_sums(head, hidden, kernel, targets, weights, vocab_axis=None)
+        return local(hidden, kernel, *rows)
     (vocab_axis,) = mesh.LOGICAL_AXES["vocab"]
     token_axes = mesh.LOGICAL_AXES["batch"] + mesh.LOGICAL_AXES["seq"]
 
-    def local(*arrays: jax.Array) -> Sums:
-        return jax.lax.psum(_local_sums(head, *arrays, vocab_axis=vocab_axis), token_axes)
-
     # Each device takes chunks of its own tokens; the kernel's gradient crosses devices once,
     # after all of them.
-    rows = mesh.spec("batch", "seq")
+    cut = mesh.spec("batch", "seq")
     return jax.shard_map(
-        local,
-        in_specs=(mesh.spec("batch", "seq", None), mesh.spec(None, "vocab"), rows, rows),
-        out_specs=mesh.spec(),
+        functools.partial(local, vocab_axis=vocab_axis, token_axes=token_axes),
+        in_specs=(mesh.spec("batch", "seq", None), mesh.spec(None, "vocab"), *[cut] * len(rows)),
+        out_specs=spec,
         check_vma=False,
-    )(hidden, kernel, targets, weights)
+    )(hidden, kernel, *rows)
 
 
-def _local_sums(
+def _in_chunks(
     head: OutputHead,
     hidden: jax.Array,
     kernel: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    *,
+    rows: tuple[jax.Array, ...],
+    of_chunk: Callable[..., Any],
     vocab_axis: str | None,
-) -> Sums:
-    """The sums over this device's tokens, chunk by chunk."""
+) -> Any:
+    """What `of_chunk` returns of this device's tokens: of all of them at once, or stacked."""
 
-    def chunk_sums(chunk: tuple[jax.Array, jax.Array, jax.Array]) -> Sums:
-        hidden, targets, weights = chunk
+    def run(chunk: tuple[jax.Array, ...]) -> Any:
+        hidden, targets, *rest = chunk
         logits = head.logits(hidden, kernel.astype(hidden.dtype))
-        return _sums(logits, targets, weights, vocab_axis)
+        return of_chunk(*_of_tokens(logits, targets, vocab_axis), *rest)
 
     # A power of two suits the tiles of a product, and divides what most batches hold.
     size = 2 ** max(0, (LOGITS_AT_ONCE // kernel.shape[1]).bit_length() - 1)
-    if targets.size <= size:
-        return chunk_sums((hidden, targets, weights))
-    chunks = tuple(_chunks(x, size) for x in (hidden, targets, weights))
-    recomputed = jax.checkpoint(chunk_sums, prevent_cse=False)  # inside scan
-    nll, log_z2 = jax.lax.map(recomputed, chunks)
-    return jnp.sum(nll), jnp.sum(log_z2)
+    if rows[0].size <= size:
+        return run((hidden, *rows))
+    chunks = tuple(_chunks(x, size) for x in (hidden, *rows))
+    return jax.lax.map(jax.checkpoint(run, prevent_cse=False), chunks)  # inside scan
 
 
 def _chunks(x: jax.Array, size: int) -> jax.Array:
@@ -100,13 +150,10 @@ def _chunks(x: jax.Array, size: int) -> jax.Array:
     return x.reshape(-1, 1, size, *x.shape[1:])
 
 
-def _sums(
-    logits: Float[Array, "B T V"],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    vocab_axis: str | None,
-) -> Sums:
-    """The sums of these tokens; `vocab_axis` of the mesh divides their logits."""
+def _of_tokens(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], vocab_axis: str | None
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """nll and log Z of these tokens; `vocab_axis` of the mesh divides their logits."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
     tokens = jnp.arange(logits.shape[-1])
     if vocab_axis is not None:
@@ -116,4 +163,4 @@ def _sums(
     target_logits = jnp.sum(jnp.where(targets[..., None] == tokens, logits, 0), axis=-1)
     if vocab_axis is not None:
         target_logits = jax.lax.psum(target_logits, vocab_axis)
-    return jnp.sum(weights * (log_z - target_logits)), jnp.sum(weights * jnp.square(log_z))
+    return log_z - target_logits, log_z

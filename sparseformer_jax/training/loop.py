@@ -3,8 +3,9 @@
 import contextlib
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -16,7 +17,10 @@ from sparseformer_jax import data, mesh, registry
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import ConfigError, NonFiniteError
 from sparseformer_jax.describe import costs, summary
+from sparseformer_jax.evaluation import inspection, pictures
 from sparseformer_jax.evaluation.perplexity import Evaluator
+from sparseformer_jax.evaluation.plots import logged
+from sparseformer_jax.evaluation.sums import Losses
 from sparseformer_jax.training import lock
 from sparseformer_jax.training.batches import DeviceBatch, TrainBatches
 from sparseformer_jax.training.changes import compare
@@ -38,6 +42,9 @@ from sparseformer_jax.training.workdir import (
     take_up,
     write_atomically,
 )
+
+if TYPE_CHECKING:  # of an extra
+    from matplotlib.figure import Figure
 
 # Numbers of a step that must be finite before its state is saved or used again.
 FINITE = ("total_loss", "grad_norm", "update_norm", "param_norm", "variable_norm")
@@ -120,8 +127,8 @@ class Run:
         self._flops_per_step = 3 * costs(config, self.model_def).forward_flops * tokens
         tokenizer = make_tokenizer(config)
         self._corpus = data.load_corpus(config.data, "train", tokenizer)
-        held_out = data.load_corpus(config.data, config.eval.split, tokenizer)
-        self._evaluator = Evaluator(config, self.model_def, held_out)
+        self._held_out = data.load_corpus(config.data, config.eval.split, tokenizer)
+        self._evaluator = Evaluator(config, self.model_def, self._held_out)
         params = {name: self.model_def.params[name] for name in self.model_def.trainable()}
         num_steps = config.train.num_steps
         self._optimizer = make_optimizer(config.optimizer, num_steps, params)
@@ -181,14 +188,14 @@ class Run:
         self._batches = TrainBatches(self.config, self._corpus, device_mesh, examples)
         self._resources.callback(self._batches.close)
         history = take_up(self.workdir, self.first_step) if is_primary else History()
-        self._is_evaluated = bool(
-            multihost_utils.broadcast_one_to_all(np.asarray(history.is_evaluated))
-        )
         if is_primary:
             write_atomically(self.workdir / CONFIG_FILE, config_lib.to_json(self.config))
         num_steps = self.config.train.num_steps
         self._writer = MetricWriter(self.workdir, self.first_step, num_steps, is_primary)
         self._resources.callback(self._writer.close)
+        told = history.is_evaluated, self.config.eval.plots and self._writer.shows_pictures
+        told = multihost_utils.broadcast_one_to_all(np.asarray(told))
+        self._is_evaluated, self._shows_pictures = map(bool, told)
         self._clock = Clock(self.first_step)
         if not history.unreadable:
             return []
@@ -225,10 +232,21 @@ class Run:
     def _evaluate(self, step: int) -> bool:
         """Evaluates the state; gives up, and returns False, when asked to stop meanwhile."""
         with contextlib.suppress(Stop), self._preemption.interruptible():
-            numbers = self._evaluator(self.state)
-            self._writer.evaluation(step, numbers)
+            losses = self._evaluator.measure(self.state)
+            numbers = self._evaluator.numbers(losses)
+            drawn = self._pictures(losses, step) if self._shows_pictures else None
+            self._writer.evaluation(step, numbers, drawn)
             return True
         return False
+
+    def _pictures(self, losses: Losses, step: int) -> Callable[[], dict[str, "Figure"]] | None:
+        """What draws the model as it is, on the primary process."""
+        config = self.config
+        window = inspection.first_window(config, self.model_def, self._held_out, self.state)
+        if window is None:
+            return None
+        title = f"{config.attention.name}, step {step}, {config.eval.split}"
+        return lambda: pictures.draw(losses, window, logged(self.workdir, step), title)
 
     def _stop(self, step: int) -> None:
         """Ends the run, once its state is on disk."""

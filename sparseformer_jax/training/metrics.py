@@ -4,14 +4,18 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sparseformer_jax import units
-from sparseformer_jax.evaluation.plots import Painter
+from sparseformer_jax import figures, units
+from sparseformer_jax.evaluation.plots import Painter, has_matplotlib
 from sparseformer_jax.training.progress import Progress
 from sparseformer_jax.training.workdir import METRICS_FILE
+
+if TYPE_CHECKING:  # an extra, imported where it is needed
+    from matplotlib.figure import Figure
 
 
 class MetricWriter:
@@ -57,14 +61,34 @@ class MetricWriter:
         pairs = "  ".join(f"{name} {value}" for name, value in shown.items())
         self.message(f"step {step}/{self._num_steps}  {pairs}  eta {_duration(eta)}")
 
-    def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Writes the numbers of an evaluation, and draws the run up to it."""
+    @property
+    def shows_pictures(self) -> bool:
+        """Whether there is a TensorBoard, and what draws for it."""
+        return self._enabled and self._tensorboard is not None and has_matplotlib()
+
+    def evaluation(
+        self,
+        step: int,
+        numbers: Mapping[str, float],
+        pictures: Callable[[], Mapping[str, "Figure"]] | None = None,
+    ) -> None:
+        """Writes the numbers of an evaluation, and draws the run up to it.
+
+        Args:
+          step: of the evaluation.
+          numbers: what it says.
+          pictures: draws, by name, what TensorBoard shows of the model; None: nothing.
+        """
         if not self._enabled:
             return
         self._write(step, "eval", numbers)
         pairs = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         self.message(f"eval at step {step}: {pairs}")
         self._painter.draw()
+        if pictures is not None and self._tensorboard is not None:
+            for name, picture in pictures().items():
+                pixels = figures.pixels(picture)
+                self._tensorboard.add_image(f"pictures/{name}", pixels, step, dataformats="HWC")
 
     def message(self, text: str) -> None:
         """Shows a line to the user."""

@@ -34,9 +34,10 @@ def test_losses_are_those_of_positions_and_weigh_tokens(tmp_path):
     """The last window is not full: later positions have fewer tokens."""
     config, model_def, corpus, state = prepared(tmp_path, "the quick brown fox " * 9)
     with jax.set_mesh(mesh.make_mesh({"data": 2, "context": 2}, jax.devices()[:4])):
-        losses = inspection.measure(config, model_def, corpus, state)
-        whole = Evaluator(config, model_def, corpus)(state)
-        state = inspection.on_host(state)
+        evaluator = Evaluator(config, model_def, corpus)
+        losses = evaluator.measure(state)
+        whole = evaluator.numbers(losses)
+        state = jax.device_get(state)
     model = model_def.model(*jax.tree.map(jnp.asarray, (state.params, state.variables)), 0)
     bits, tokens = np.zeros(32), np.zeros(32)
     for batch in data.eval_batches(corpus, seq_len=32, batch_size=4):
@@ -56,7 +57,7 @@ def test_losses_are_those_of_positions_and_weigh_tokens(tmp_path):
 def test_a_position_without_tokens_has_no_loss(tmp_path):
     config, model_def, corpus, state = prepared(tmp_path, "short")
     with jax.set_mesh(mesh.make_mesh({"data": 2, "context": 2}, jax.devices()[:4])):
-        losses = inspection.measure(config, model_def, corpus, state)
+        losses = Evaluator(config, model_def, corpus).measure(state)
     # A mark before and one after the five letters: six tokens are predicted.
     assert losses.tokens.tolist() == [1] * 6 + [0] * 26
     assert np.isfinite(losses.bits[:6]).all()
@@ -66,41 +67,42 @@ def test_a_position_without_tokens_has_no_loss(tmp_path):
 def test_padding_is_no_part_of_the_window(tmp_path):
     config, model_def, corpus, state = prepared(tmp_path, "short")
     with jax.set_mesh(mesh.make_mesh({"data": 2, "context": 2}, jax.devices()[:4])):
-        state = inspection.on_host(state)
-    kept = inspection.kept_pairs(config, model_def, corpus, state)
-    assert (kept.num_tokens, kept.tile_size) == (6, 1)
-    for layer in kept.layers:
+        window = inspection.first_window(config, model_def, corpus, state)
+    assert (window.tokens, window.tile_size) == (["<bos>", *"short"], 1)
+    for layer in window.kept:
         for head in layer["attended"]:
             np.testing.assert_array_equal(head, np.tril(np.ones((6, 6))))
 
 
-def kept_of(tmp_path, **attention):
+def window_of(tmp_path, **attention):
     config, model_def, corpus, state = prepared(tmp_path, "the quick brown fox " * 9, **attention)
     with jax.set_mesh(mesh.make_mesh({"data": 2, "context": 2}, jax.devices()[:4])):
-        state = inspection.on_host(state)
-    kept = inspection.kept_pairs(config, model_def, corpus, state)
-    assert (kept.num_tokens, kept.tile_size) == (32, 1)
-    assert len(kept.layers) == config.model.num_layers
-    return config, kept.layers
+        window = inspection.first_window(config, model_def, corpus, state)
+    assert (len(window.tokens), window.tile_size) == (32, 1)
+    assert len(window.kept) == config.model.num_layers
+    return config, window
 
 
 def test_every_head_shows_its_own_pattern(tmp_path):
     options = {"block_size": 4, "local_blocks": 2, "vert_stride": 4, "head_sliding_step": 1}
-    config, layers = kept_of(tmp_path, name="s2", **options, dense_every=2)
+    config, window = window_of(tmp_path, name="s2", **options, dense_every=2)
     position = np.arange(32)
     block = position // 4
     causal = position[:, None] >= position
     band = block[:, None] - block < 2
     heads = np.arange(config.model.num_heads)[:, None]
     stripes = ((block + heads + 0) % 4 == 0)[:, None]
-    np.testing.assert_array_equal(layers[0]["attended"], (causal & (band | stripes)).astype(float))
-    for head in layers[1]["attended"]:
+    np.testing.assert_array_equal(
+        window.kept[0]["attended"], (causal & (band | stripes)).astype(float)
+    )
+    for head in window.kept[1]["attended"]:
         np.testing.assert_array_equal(head, causal)
 
 
 @pytest.mark.parametrize("variant", ["fixed", "axial_mixture", "log_sparse"])
+@pytest.mark.representative("axial_mixture", "log_sparse")
 def test_combiner_shows_what_is_direct_and_what_goes_through_summaries(tmp_path, variant):
-    _, layers = kept_of(tmp_path, name="combiner", variant=variant, span_size=8)
+    _, window = window_of(tmp_path, name="combiner", variant=variant, span_size=8)
     position = np.arange(32)
     query, key = position[:, None], position[None]
     direct = query == key
@@ -109,25 +111,50 @@ def test_combiner_shows_what_is_direct_and_what_goes_through_summaries(tmp_path,
     if variant == "axial_mixture":
         direct |= query % 8 == key % 8
     direct &= query >= key
-    for layer in layers:
+    for layer in window.kept:
         assert list(layer) == ["direct", "through summaries"]
         for head in layer["direct"]:
             np.testing.assert_array_equal(head, direct)
         for head in layer["through summaries"]:
             np.testing.assert_array_equal(head, (query >= key) & ~direct)
+    for kinds, weights in zip(window.shares, window.weights, strict=True):
+        np.testing.assert_allclose(sum(kinds.values()), 1, rtol=1e-5)
+        for kind, share in kinds.items():
+            np.testing.assert_allclose(share, weights[kind].sum(-1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", registry.names("attention"))
 def test_every_method_shows_itself(tmp_path, name):
-    _, layers = kept_of(tmp_path, name=name)
-    for layer in layers:
+    _, window = window_of(tmp_path, name=name)
+    for layer in window.kept:
         kept = sum(layer.values())
         assert kept.max() == 1
         assert not np.triu(kept, 1).any()
         assert (kept.sum(-1) >= 1).all(), "every token looks somewhere"
 
 
+@pytest.mark.parametrize("selection", ["causal", "paper"])
+def test_routing_tells_which_clusters_hold_which_tokens(tmp_path, selection):
+    options = {"selection": selection, "num_clusters": 4, "window_size": 5}
+    config, window = window_of(tmp_path, name="routing", **options)
+    ((method, layers),) = window.own.items()
+    assert method is registry.method("attention", "routing").Method
+    assert list(layers) == list(range(config.model.num_layers))
+    for layer in layers.values():
+        assert layer.options.window_size == 5
+        assert layer.arrays["head"].tolist() == [1, 3]
+        members, sizes = layer.arrays["members"], layer.arrays["sizes"]
+        assert members.shape == (2, 4, 32)
+        assert set(sizes.sum(-1)) == {32}
+        if selection == "paper":
+            assert set(members.sum(-1).flat) == {5}
+            continue
+        np.testing.assert_array_equal(members.sum(-1), sizes)
+        before = np.cumsum(members, axis=-1) - 1
+        np.testing.assert_array_equal((members * before).sum(1), layer.arrays["mates"])
+
+
 def test_tiles_are_fractions_of_their_pairs_and_the_last_is_smaller():
-    kept = np.tril(np.ones((1, 5, 5), bool))
+    weights = np.tril(np.full((1, 5, 5), 0.1))
     expected = [[3 / 4, 0, 0], [1, 3 / 4, 0], [1, 1, 1]]
-    np.testing.assert_array_equal(inspection.tiles(kept, 2)[0], np.float32(expected))
+    np.testing.assert_array_equal(inspection.tiles(weights, 2)[0], np.float32(expected))

@@ -73,6 +73,22 @@ def test_sums_and_gradients_are_those_of_optax(problem, monkeypatch, at_once):
     assert_close(jax.jit(ours)(*map(jnp.asarray, problem)), truth, 1e-6)
 
 
+def test_losses_of_tokens_are_what_their_weights_multiply(problem, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * V)
+    hidden, kernel, targets, weights = map(jnp.asarray, problem)
+
+    def weighed(weights):
+        return loss.cross_entropy(Head(kernel), hidden, targets, weights)[0]
+
+    expected = jax.grad(weighed)(weights)
+    assert_close(loss.token_losses(Head(kernel), hidden, targets), expected, 1e-6)
+    with jax.set_mesh(mesh.make_mesh(MESHES[-1])):
+        placed = put(hidden, "batch", "seq", None), put(targets, "batch", "seq")
+        found = loss.token_losses(Head(put(kernel, None, "vocab")), *placed)
+    assert found.sharding.spec == placed[1].sharding.spec
+    assert_close(found, expected, 1e-6)
+
+
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_tokens_and_vocabulary_may_be_divided(problem, monkeypatch, sizes):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * V)

@@ -47,6 +47,7 @@ def config(text_dir) -> ConfigDict:
     config.optimizer.warmup_steps = 2
     config.checkpoint.every = 2
     config.eval.num_batches = 2
+    config.eval.plots = False
     return config
 
 
@@ -64,6 +65,7 @@ def run(config, trained):
 
     config.train.num_steps = 4
     config.eval.every = 2
+    config.eval.plots = True
     config.train.profile_steps = (1, 3)
     if not (trained / "config.json").exists():
         loop.train(config, trained)

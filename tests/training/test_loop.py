@@ -33,7 +33,9 @@ def test_numbers_are_written_step_by_step(run, finished):
         flops = 3 * describe.costs(run, ModelDef(run)).forward_flops * 16 * 32
     np.testing.assert_allclose(speed["train/flops_per_second"] * step_seconds, flops)
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list(finished.glob("events.out.tfevents*"))
+    (events,) = finished.glob("events.out.tfevents*")
+    for name in ("density", "kept", "loss_by_position", "weights"):
+        assert events.read_bytes().count(f"pictures/{name}".encode()) == 2, "one an evaluation"
     assert list((finished / "profile").rglob("*.xplane.pb"))
 
 
@@ -56,8 +58,8 @@ def test_another_evaluation_leaves_the_run_s_own(run, finished, capsys):
     (other,) = set(finished.glob("eval_*.json")) - {own}
     assert own.read_text() == before
     assert json.loads(other.read_text())["overrides"] == {"eval.num_batches": "2 -> 1"}
-    names = {"density.png", "kept.png", "loss_by_position.png"}
-    assert {file.name for file in plots.iterdir()} == names
+    names = {"density", "kept", "loss_by_position", "weights"}
+    assert {file.name for file in plots.iterdir()} == {f"{name}.png" for name in names}
     told = [f"written to {own}", f"pictures are in {plots}", f"written to {other}"]
     assert capsys.readouterr().err.splitlines() == told
 

@@ -57,7 +57,7 @@ def test_a_step_is_saved_without_evaluating_first(config, tmp_path, on_call, cap
 
 def test_an_evaluation_is_given_up_for_a_save(config, tmp_path, on_call):
     config.eval.every, config.checkpoint.every = 1, 0
-    on_call(loop.Evaluator, "__call__", signal.SIGINT)
+    on_call(loop.Evaluator, "measure", signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="interrupted: stopped at step 1, which is saved"):
         loop.train(config, tmp_path)
     assert saved(tmp_path) == 1
