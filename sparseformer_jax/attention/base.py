@@ -15,20 +15,20 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from sparseformer_jax import mesh
-from sparseformer_jax.attention import _one_hot
+from sparseformer_jax.attention import _one_hot, sharding
+from sparseformer_jax.attention import cache as caches
+from sparseformer_jax.attention.cache import Cache
 from sparseformer_jax.attention.inputs import (
     ON_DEMAND,
     Inputs,
     Noise,
     Shard,
     local_noise,
-    local_shard,
-    partition,
+    spec_of,
 )
 from sparseformer_jax.figures import Shown
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.layers import Norm, Projection, residual_scale
-from sparseformer_jax.model.read_only import read_only
 from sparseformer_jax.model.rotary import rotary
 
 if TYPE_CHECKING:  # of an extra
@@ -176,6 +176,50 @@ class Attention(nnx.Module):
             attended, output=self.out(attended.output), statistics=statistics
         )
 
+    def init_cache(self, batch_size: int, size: int) -> Cache:
+        """Returns the empty cache of so many sequences of at most `size` tokens.
+
+        A method that may forget tokens overrides it, with `_decode`.
+        """
+        config, (_, dtype) = self.config, self.config.dtypes
+        tokens = (batch_size, size)
+        shapes = {
+            "x": (*tokens, config.embed_dim),
+            "query": (*tokens, config.num_heads, config.head_dim),
+        }
+        shapes["unrotated_query"] = shapes["query"]
+        keys = (*tokens, config.num_kv_heads, config.head_dim)
+        names = caches.fields(self.needs, gathers_keys=self.gathers_keys)
+        return {name: jnp.zeros(shapes.get(name, keys), dtype) for name in names}
+
+    def decode(
+        self,
+        x: Float[Array, "B T D"],
+        start: Int[Array, " B"],
+        cache: Cache,
+        *,
+        step: Any = 0,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Returns attention of the next tokens of each sequence over all before, and the cache.
+
+        Equal to what `__call__` returns for these tokens as a part of the whole sequence, if
+        the method is causal. Those of several devices share sequences by batch and heads only.
+
+        Args:
+          x: normalised residual stream of T tokens a sequence.
+          start: position of the first of them.
+          cache: of the tokens before; it has room for these.
+          step: of training.
+        """
+        positions = start[:, None] + jnp.arange(x.shape[1])
+        inputs = self._inputs(x, positions, None, None, step)
+        if mesh.is_active():
+            output, cache = self._decode_sharded(inputs, start, cache)
+        else:
+            shard = Shard(num_heads=self.config.num_heads)
+            output, cache = self._decode(inputs, start, cache, shard)
+        return self.out(output), cache
+
     def weights_by_kind(
         self,
         x: Float[Array, "B T D"],
@@ -286,6 +330,46 @@ class Attention(nnx.Module):
             statistics=jax.lax.stop_gradient(self._checked(attended.statistics)),
         )
 
+    def _decode(
+        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, shard: Shard
+    ) -> tuple[Float[Array, "B T N H"], Cache]:
+        """Writes keys and values of the local rows and heads, then attends to all of a row."""
+        cache = caches.write(cache, inputs, start)
+        num_queries = inputs.query.shape[1]
+
+        def row(inputs: Inputs, start: jax.Array) -> jax.Array:
+            inputs = jax.tree.map(lambda x: x[None] if x.ndim else x, inputs)
+            if not self.gathers_keys:
+                attended = self.attend(inputs, shard).output[0]
+                return jax.lax.dynamic_slice_in_dim(attended, start, num_queries)
+            at_start = dataclasses.replace(shard, query_offset=start)
+            return self.attend(inputs, at_start).output[0]
+
+        seen = caches.read(cache, inputs, start)
+        axes = jax.tree.map(lambda x: 0 if x.ndim else None, seen)
+        return jax.vmap(row, (axes, 0))(seen, start), cache
+
+    def _decode_sharded(
+        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B T N H"], Cache]:
+        """Runs `_decode` on each device's rows and heads."""
+        start_spec, cache_spec = mesh.spec("batch"), {name: spec_of(name) for name in cache}
+
+        def local(
+            module: "Attention", inputs: Inputs, shard: Shard, start: jax.Array, cache: Cache
+        ) -> tuple[jax.Array, Cache]:
+            return module._decode(inputs, start, cache, shard)
+
+        return sharding.over_devices(
+            self,
+            local,
+            inputs,
+            jax.reshard(start, start_spec),
+            jax.tree.map(jax.reshard, cache, cache_spec),
+            other_specs=(start_spec, cache_spec),
+            out_specs=lambda query_spec: (query_spec, cache_spec),
+        )
+
     def _checked(self, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
         ranks = {name: len(axes) for name, axes in self.statistics_axes.items()}
         if {name: x.ndim for name, x in statistics.items()} != ranks:
@@ -298,34 +382,28 @@ class Attention(nnx.Module):
 
     def _attend_sharded(self, inputs: Inputs, rng: jax.Array | None) -> AttentionOutput:
         """Runs `attend` on each device's queries and heads, and sums over devices."""
-        inputs_spec = partition(inputs, gathers_keys=self.gathers_keys)
-        inputs = jax.tree.map(jax.reshard, inputs, inputs_spec)
-        graphdef, state = nnx.split(self)
-        state, state_spec = _gather_parameters(state)
         sums_spec = {name: mesh.spec(*axes) for name, axes in self.statistics_axes.items()}
-        token_axes = mesh.LOGICAL_AXES["batch"] + mesh.LOGICAL_AXES["seq"]
-        head_axes = mesh.LOGICAL_AXES["heads"]
 
-        def local(state: Any, inputs: Inputs, rng: Any) -> AttentionOutput:
-            noise = None if rng is None else local_noise(rng)
-            shard = local_shard(inputs, self.config.num_heads, gathers_keys=self.gathers_keys)
-            module = nnx.merge(graphdef, state)
-            with read_only(module):
-                attended = module._attend(inputs, noise, shard)
+        def local(module: "Attention", inputs: Inputs, shard: Shard, rng: Any) -> AttentionOutput:
+            attended = module._attend(inputs, None if rng is None else local_noise(rng), shard)
+            losses = jax.lax.psum(attended.losses, sharding.TOKEN_AXES)
+            statistics = attended.statistics.items()
             return AttentionOutput(
                 attended.output,
-                jax.lax.pmean(jax.lax.psum(attended.losses, token_axes), head_axes),
+                jax.lax.pmean(losses, sharding.HEAD_AXES),
                 jax.lax.pmean(attended.diagnostics, mesh.AXES),
-                {name: _summed(x, sums_spec[name]) for name, x in attended.statistics.items()},
+                {name: sharding.summed(x, sums_spec[name]) for name, x in statistics},
             )
 
-        replicated = PartitionSpec()
-        return jax.shard_map(
+        all_have = PartitionSpec()
+        return sharding.over_devices(
+            self,
             local,
-            in_specs=(state_spec, inputs_spec, replicated),
-            out_specs=AttentionOutput(inputs_spec.query, replicated, replicated, sums_spec),
-            check_vma=False,  # kernels inside are custom calls, which carry no such types
-        )(state, inputs, rng)
+            inputs,
+            rng,
+            other_specs=(all_have,),
+            out_specs=lambda query: AttentionOutput(query, all_have, all_have, sums_spec),
+        )
 
 
 def _weighed(name: str, loss: jax.Array, weights: jax.Array) -> jax.Array:
@@ -333,24 +411,3 @@ def _weighed(name: str, loss: jax.Array, weights: jax.Array) -> jax.Array:
     if loss.shape != weights.shape:
         raise ValueError(f"loss {name!r} of shape {loss.shape}: give one a token, {weights.shape}")
     return jnp.sum(weights * loss.astype(jnp.float32))
-
-
-def _summed(statistic: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """The sum over devices with other tokens; the mean over other heads, if entries have none."""
-    token_axes = mesh.LOGICAL_AXES["batch"] + mesh.LOGICAL_AXES["seq"]
-    others = tuple(axis for axis in mesh.AXES if axis not in (*token_axes, *spec))
-    return jax.lax.pmean(jax.lax.psum(statistic, token_axes), others)
-
-
-def _gather_parameters(state: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Returns the parameters whole along `embed` and the partition of each."""
-
-    def gathered(variable: nnx.Variable) -> PartitionSpec:
-        return mesh.spec(*mesh.gathered_axes(variable.get_metadata("axes")))
-
-    def is_variable(leaf: Any) -> bool:
-        return isinstance(leaf, nnx.Variable)
-
-    specs = jax.tree.map(gathered, state, is_leaf=is_variable)
-    pure = nnx.as_pure(state)
-    return jax.tree.map(jax.reshard, pure, nnx.as_pure(specs)), specs

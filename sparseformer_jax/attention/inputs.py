@@ -148,6 +148,11 @@ class Inputs:
     unrotated_key: Any = None
 
 
+def spec_of(name: str) -> Any:
+    """Returns how an array of `Inputs` is divided over the mesh where no device cuts sequences."""
+    return mesh.spec(*(None if axis in ("keys", "seq") else axis for axis in _AXES[name]))
+
+
 def partition(inputs: Inputs, *, gathers_keys: bool) -> Inputs:
     """Returns how the arrays of `inputs` are divided over the mesh, None where there is none."""
     keys = None if gathers_keys else "seq"

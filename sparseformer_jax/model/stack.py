@@ -120,6 +120,28 @@ class LayerStack(nnx.Module):
             diagnostics={name: v.reshape(-1) for name, v in reports.diagnostics.items()},
         )
 
+    def init_cache(self, batch_size: int, size: int) -> list[Any]:
+        """Returns the empty caches of each block of the unit, of all repeats."""
+        empty = [block.attention.init_cache(batch_size, size) for block in self.unit]
+        return jax.tree.map(lambda x: jnp.zeros((self.repeats, *x.shape), x.dtype), empty)
+
+    def decode(
+        self, x: jax.Array, start: jax.Array, caches: list[Any], step: Any
+    ) -> tuple[jax.Array, list[Any]]:
+        """Returns x of the next tokens after all layers, and the caches with them."""
+        graphdef, state = nnx.split(self.unit)
+
+        def body(x: jax.Array, xs: tuple[Any, list[Any]]) -> tuple[jax.Array, list[Any]]:
+            state, caches = xs
+            written = []
+            for block, own in zip(nnx.merge(graphdef, state), caches, strict=True):
+                with read_only(block):
+                    x, own = block.decode(x, start, own, step)
+                written.append(own)
+            return x, written
+
+        return jax.lax.scan(body, x, (state, caches))
+
     def blocks(self) -> Iterator[Any]:
         """Returns the blocks one after another, each with parameters of its own."""
         graphdef, state = nnx.split(self.unit)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from sparseformer_jax import mesh
 from sparseformer_jax.attention.base import Attention
+from sparseformer_jax.attention.cache import Cache
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.layers import (
     Embedding,
@@ -107,16 +108,26 @@ class Block(nnx.Module):
         attended = self.attention(
             self.attention_norm(x), positions, segment_ids, weights, step=step, rng=rngs[0]
         )
-        added = attended.output
+        x = self._add(x, attended.output, rngs[1:])
+        statistics = prefixed(attended.statistics, "attention")
+        return x, Reports(attended.losses, attended.diagnostics, statistics)
+
+    def decode(
+        self, x: Float[Array, "B T D"], start: Int[Array, " B"], cache: Cache, step: Any
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Returns the residual stream of the next tokens, and the cache with them."""
+        attended, cache = self.attention.decode(self.attention_norm(x), start, cache, step=step)
+        return self._add(x, attended, (None, None)), cache
+
+    def _add(self, x: jax.Array, attended: jax.Array, rngs: Sequence[Any]) -> jax.Array:
+        """Adds what attention returned to the residual stream, then the MLP of that."""
         if self.attention_post_norm is not None:
-            added = self.attention_post_norm(added)
-        x = x + dropout(added, self.dropout, rngs[1])
+            attended = self.attention_post_norm(attended)
+        x = x + dropout(attended, self.dropout, rngs[0])
         added = self.mlp(self.mlp_norm(x))
         if self.mlp_post_norm is not None:
             added = self.mlp_post_norm(added)
-        x = x + dropout(added, self.dropout, rngs[2])
-        statistics = prefixed(attended.statistics, "attention")
-        return x, Reports(attended.losses, attended.diagnostics, statistics)
+        return x + dropout(added, self.dropout, rngs[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +276,35 @@ class Transformer(nnx.Module):
         joined = join_reports(reports)
         return Features(self.final_norm(x), joined.losses, joined.diagnostics, joined.statistics)
 
+    def init_cache(self, batch_size: int, size: int) -> list[Any]:
+        """Returns the empty cache of so many sequences of at most `size` tokens each.
+
+        Raises:
+          ValueError: positions are learned, and there are fewer.
+        """
+        self._check_length(size)
+        return [stack.init_cache(batch_size, size) for stack in self.stacks]
+
+    def decode(
+        self, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: list[Any]
+    ) -> tuple[Float[Array, "B T D"], list[Any]]:
+        """Returns what the output head reads of the next tokens, and the cache with them.
+
+        To a causal method equal to `features` of the whole sequences, at these tokens.
+
+        Args:
+          tokens: the next T of each sequence. Those that only fill a row up may be anything:
+            later ones start in their place.
+          start: position of the first of them, the number of tokens before.
+          cache: of those.
+        """
+        x = self.embed(tokens, start[:, None] + jnp.arange(tokens.shape[1]))
+        written = []
+        for stack, own in zip(self.stacks, cache, strict=True):
+            x, own = stack.decode(x, start, own, self.step)
+            written.append(own)
+        return self.final_norm(x), written
+
     def embed(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
@@ -278,12 +318,15 @@ class Transformer(nnx.Module):
         x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if self.position_embedding is None:
             return x
-        if tokens.shape[1] > self.config.max_positions:
+        self._check_length(tokens.shape[1])
+        return x + self.position_embedding(positions)
+
+    def _check_length(self, num_tokens: int) -> None:
+        if self.position_embedding is not None and num_tokens > self.config.max_positions:
             raise ValueError(
-                f"a sequence of {tokens.shape[1]} tokens exceeds "
+                f"a sequence of {num_tokens} tokens exceeds "
                 f"model.max_positions={self.config.max_positions}"
             )
-        return x + self.position_embedding(positions)
 
     def blocks(self) -> Iterator[Block]:
         """Returns the layers one after another, each with parameters of its own."""
