@@ -15,9 +15,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from sparseformer_jax import mesh
-from sparseformer_jax.attention import _one_hot, sharding
-from sparseformer_jax.attention import cache as caches
-from sparseformer_jax.attention.cache import Cache
+from sparseformer_jax.attention import _cache, _one_hot, _sharding
+from sparseformer_jax.attention._cache import Cache
 from sparseformer_jax.attention.inputs import (
     ON_DEMAND,
     Inputs,
@@ -189,7 +188,7 @@ class Attention(nnx.Module):
         }
         shapes["unrotated_query"] = shapes["query"]
         keys = (*tokens, config.num_kv_heads, config.head_dim)
-        names = caches.fields(self.needs, gathers_keys=self.gathers_keys)
+        names = _cache.fields(self.needs, gathers_keys=self.gathers_keys)
         return {name: jnp.zeros(shapes.get(name, keys), dtype) for name in names}
 
     def decode(
@@ -334,7 +333,7 @@ class Attention(nnx.Module):
         self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, shard: Shard
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         """Writes keys and values of the local rows and heads, then attends to all of a row."""
-        cache = caches.write(cache, inputs, start)
+        cache = _cache.write(cache, inputs, start)
         num_queries = inputs.query.shape[1]
 
         def row(inputs: Inputs, start: jax.Array) -> jax.Array:
@@ -345,7 +344,7 @@ class Attention(nnx.Module):
             at_start = dataclasses.replace(shard, query_offset=start)
             return self.attend(inputs, at_start).output[0]
 
-        seen = caches.read(cache, inputs, start)
+        seen = _cache.read(cache, inputs, start)
         axes = jax.tree.map(lambda x: 0 if x.ndim else None, seen)
         return jax.vmap(row, (axes, 0))(seen, start), cache
 
@@ -360,7 +359,7 @@ class Attention(nnx.Module):
         ) -> tuple[jax.Array, Cache]:
             return module._decode(inputs, start, cache, shard)
 
-        return sharding.over_devices(
+        return _sharding.over_devices(
             self,
             local,
             inputs,
@@ -386,17 +385,17 @@ class Attention(nnx.Module):
 
         def local(module: "Attention", inputs: Inputs, shard: Shard, rng: Any) -> AttentionOutput:
             attended = module._attend(inputs, None if rng is None else local_noise(rng), shard)
-            losses = jax.lax.psum(attended.losses, sharding.TOKEN_AXES)
+            losses = jax.lax.psum(attended.losses, _sharding.TOKEN_AXES)
             statistics = attended.statistics.items()
             return AttentionOutput(
                 attended.output,
-                jax.lax.pmean(losses, sharding.HEAD_AXES),
+                jax.lax.pmean(losses, _sharding.HEAD_AXES),
                 jax.lax.pmean(attended.diagnostics, mesh.AXES),
-                {name: sharding.summed(x, sums_spec[name]) for name, x in statistics},
+                {name: _sharding.summed(x, sums_spec[name]) for name, x in statistics},
             )
 
         all_have = PartitionSpec()
-        return sharding.over_devices(
+        return _sharding.over_devices(
             self,
             local,
             inputs,

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from sparseformer_jax import mesh
 from sparseformer_jax.attention.base import Attention
-from sparseformer_jax.attention.cache import Cache
+from sparseformer_jax.attention._cache import Cache
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.layers import (
     Embedding,
