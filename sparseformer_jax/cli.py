@@ -11,6 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from sparseformer_jax import command, config_flags
+from sparseformer_jax.checks import ConfigError
 
 _TRAIN_USAGE = """\
 Trains a model from a config; the same command again resumes where it stopped.
@@ -39,6 +40,8 @@ Continues a prompt with a trained model.
 
   python -m sparseformer_jax.generate --workdir=/tmp/run --prompt="def "
   python -m sparseformer_jax.generate --workdir=/tmp/run --temperature=0 --num_tokens=80
+  python -m sparseformer_jax.generate --workdir=/tmp/run --prompt_file=page.txt --top_p=0.9
+  echo -n "def " | python -m sparseformer_jax.generate --workdir=/tmp/run --prompt_file=-
 
 An installed package has the same command as `sparseformer-generate`.
 """
@@ -92,8 +95,13 @@ def sample(argv: Sequence[str] | None = None) -> None:
     command.text(own, "workdir", "folder that training wrote")
     command.text(own, "config", "config file; default: the config saved in the workdir")
     flags.DEFINE_string("prompt", "", "text to continue", own)
+    flags.DEFINE_string("prompt_file", "", "file of the text to continue; -: standard input", own)
     flags.DEFINE_integer("num_tokens", 256, "tokens to sample at most", 1, flag_values=own)
     flags.DEFINE_float("temperature", 0.8, "of the softmax; 0: the likeliest", 0.0, flag_values=own)
+    flags.DEFINE_integer("top_k", 0, "draw from so many of the likeliest; 0: all", flag_values=own)
+    flags.DEFINE_float(
+        "top_p", 1.0, "draw from the likeliest with this probability", flag_values=own
+    )
     flags.DEFINE_integer("seed", 0, "of the sampling", 0, flag_values=own)
     command.number(own, "step", "checkpoint to load; default: the latest")
     command.run(_sample, own, _SAMPLE_USAGE, sys.argv if argv is None else argv)
@@ -166,22 +174,35 @@ def _sample(own: flags.FlagValues, argv: list[str]) -> None:
     command.override(config, own, argv)
     command.start_jax(own)
     command.validate(config)
-    from sparseformer_jax.generation import sampling
+    from sparseformer_jax.generation.choice import Choice
+    from sparseformer_jax.generation.sampling import Sampler
 
-    pieces = sampling.stream(
-        config,
-        pathlib.Path(own.workdir),
-        own.prompt,
-        num_tokens=own.num_tokens,
-        temperature=own.temperature,
-        seed=own.seed,
-        step=own.step,
-    )
+    choice = Choice(own.temperature, own.top_k, own.top_p)
+    workdir, prompt = pathlib.Path(own.workdir), _prompt(own)
+    sampler = Sampler(config, workdir, step=own.step, choice=choice, seed=own.seed)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know every character
         sys.stdout.reconfigure(errors="replace")
-    for piece in itertools.chain([own.prompt], pieces, ["\n"]):
+    pieces = sampler.stream(prompt, own.num_tokens)
+    for piece in itertools.chain([prompt], pieces, ["\n"]):
         sys.stdout.write(piece)
         sys.stdout.flush()
+
+
+def _prompt(own: flags.FlagValues) -> str:
+    """The text to continue."""
+    if own.prompt and own.prompt_file:
+        raise ConfigError(f"--prompt_file={own.prompt_file}: goes without --prompt; leave one out")
+    text = own.prompt
+    if own.prompt_file == "-":
+        text = sys.stdin.buffer.read().decode(errors="surrogateescape")
+    elif own.prompt_file:
+        text = pathlib.Path(own.prompt_file).read_bytes().decode(errors="surrogateescape")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that were no UTF-8 are surrogates
+        name = f"--prompt_file={own.prompt_file}" if own.prompt_file else f"--prompt={text!a}"
+        raise ConfigError(f"{name}: not UTF-8 at character {error.start}; convert it") from None
+    return text
 
 
 def _plot(own: flags.FlagValues, argv: list[str]) -> None:

@@ -89,6 +89,7 @@ def describe(config: ConfigDict) -> str:
         model_def = ModelDef(config)
         cost = costs(config, model_def)
         state_bytes, temporary_bytes = _memory(config, model_def)
+        cache = _cache(config, model_def)
     resolved = "\n".join(f"{key} = {value!r}" for key, value in config_lib.flatten(config).items())
     densities = "\n".join(f"  layer {i}: {d:.4f}" for i, d in enumerate(cost.densities))
     return (
@@ -100,6 +101,7 @@ def describe(config: ConfigDict) -> str:
         f"{units.count(3 * cost.forward_flops)} training\n"
         f"memory per device: {units.size(state_bytes)} state, {units.size(temporary_bytes)} "
         f"gradients and activations (compiled for {jax.default_backend()}, mesh {_mesh(sizes)})\n"
+        f"{cache}"
         f"attention density at {config.data.seq_len} tokens:\n{densities}"
     )
 
@@ -109,6 +111,20 @@ def _learned_state(model_def: ModelDef) -> str:
     return "".join(
         f"learned state: {name} {v.dtype}{list(v.shape)}, {v.type.__name__}, not by gradients\n"
         for name, v in model_def.variables.items()
+    )
+
+
+def _cache(config: ConfigDict, model_def: ModelDef) -> str:
+    """A line on what a sequence costs while it is continued."""
+    if not config.model.is_causal:
+        return ""
+    model = model_def.model(model_def.params, model_def.variables, 0)
+    seq_len = config.data.seq_len
+    cache = jax.eval_shape(lambda: model.init_cache(1, seq_len))
+    num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return (
+        f"cache to generate: {units.size(num_bytes)} for a sequence of {seq_len} tokens, "
+        f"{num_bytes / seq_len:,.0f} bytes a token\n"
     )
 
 

@@ -1,5 +1,6 @@
 """The command line teaches, overrides, and tells every mistake in one line."""
 
+import functools
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 
 from sparseformer_jax import cli, command, config, default_config
 from sparseformer_jax.checks import ConfigError, NonFiniteError
+from sparseformer_jax.generation.choice import Choice
 
 DEFAULT = "--config=configs/default.py"
 
@@ -36,13 +38,17 @@ def calls(monkeypatch) -> list[tuple]:
         made.append((config, workdir, step, split, plots))
         return {"step": 5, "split": config.eval.split, "text": "", "overrides": {}, "loss": 1.5}
 
-    def stream(config, workdir, prompt, **options) -> list[str]:
-        made.append((config, prompt, options))
-        return [" and", " eggs"]
+    class Sampler:
+        def __init__(self, config, workdir, **options) -> None:
+            self.options = options
+
+        def stream(self, prompt, num_tokens) -> list[str]:
+            made.append((prompt, num_tokens, self.options))
+            return [" and", " eggs"]
 
     stub("training.loop", train=train)
     stub("evaluation.perplexity", evaluate_checkpoint=evaluate_checkpoint)
-    stub("generation.sampling", stream=stream)
+    stub("generation.sampling", Sampler=Sampler)
     stub("describe", describe=lambda config: f"{config.model.num_layers} layers")
     stub("memory", check=lambda config: None)
     monkeypatch.setattr(command, "start_jax", lambda own: None)
@@ -207,10 +213,26 @@ def test_sample_continues_the_prompt(calls, capsys, tmp_path):
     argv = [f"--workdir={tmp_path}", "--prompt=spam", "--temperature=0"]
     cli.sample(["generate.py", *argv])
     assert capsys.readouterr().out == "spam and eggs\n"
-    (_, prompt, options) = calls[0]
-    assert options == {"num_tokens": 256, "temperature": 0.0, "seed": 0, "step": None}
+    options = {"choice": Choice(0.0), "seed": 0, "step": None}
+    assert calls == [("spam", 256, options)]
     message = mistake(capsys, f"--workdir={tmp_path}", "--temperature=-1", command=cli.sample)
     assert "--temperature=-1" in message
+
+
+def test_the_prompt_is_an_argument_a_file_or_standard_input(calls, capsys, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(config.to_json(default_config.get_config()))
+    (tmp_path / "page.txt").write_bytes("naïve".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"spam\n")))
+    for file in (str(tmp_path / "page.txt"), "-"):
+        cli.sample(["generate.py", f"--workdir={tmp_path}", f"--prompt_file={file}"])
+    assert [prompt for prompt, *_ in calls] == ["naïve", "spam\n"]
+    capsys.readouterr()
+    sample = functools.partial(mistake, capsys, f"--workdir={tmp_path}", command=cli.sample)
+    assert "--prompt_file=-: goes without --prompt" in sample("--prompt=a", "--prompt_file=-")
+    assert r"--prompt='a\udcff': not UTF-8 at character 1" in sample("--prompt=a\udcff")
+    (tmp_path / "page.txt").write_bytes(b"ab\xff")
+    assert "page.txt: not UTF-8 at character 2" in sample(f"--prompt_file={tmp_path}/page.txt")
+    assert "No such file" in sample(f"--prompt_file={tmp_path}/none.txt")
 
 
 def test_a_sample_is_shown_on_a_terminal_without_its_characters(calls, monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from sparseformer_jax import mesh
-from sparseformer_jax.attention.inputs import Inputs, Shard, local_shard, partition
+from sparseformer_jax.attention.inputs import Inputs, local_shard, partition
 from sparseformer_jax.model.read_only import read_only
 
 TOKEN_AXES = mesh.LOGICAL_AXES["batch"] + mesh.LOGICAL_AXES["seq"]

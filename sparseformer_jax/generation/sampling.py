@@ -1,160 +1,123 @@
-"""Samples text from a trained model, token by token.
+"""Continues text with a trained model, token by token, as it would continue in training.
 
-Every token runs the model over one window of fixed length, as in training: exact for every
-attention method, compiled once, meant for looking at a model rather than for serving one.
+What came before is kept in a cache (`Attention.decode`), exact for every causal method.
 """
 
-import collections
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from sparseformer_jax import mesh
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.generation.choice import Choice
+from sparseformer_jax.generation.decoder import Decoder
 from sparseformer_jax.generation.text_stream import TextStream
 from sparseformer_jax.training.restore import restore_state
-from sparseformer_jax.training.state import ModelDef, TrainState
-
-
-def stream(
-    config: ConfigDict,
-    workdir: Path,
-    prompt: str,
-    *,
-    num_tokens: int = 256,
-    temperature: float = 0.8,
-    seed: int = 0,
-    step: int | None = None,
-) -> Iterator[str]:
-    """Yields the continuation of a prompt, each piece as soon as its characters are complete.
-
-    It ends with the document, or after `num_tokens`.
-
-    Args:
-      config: the run's.
-      workdir: of the run.
-      prompt: text to continue; its last tokens count if it exceeds `data.seq_len`.
-      num_tokens: how many to sample at most.
-      temperature: of the softmax, 0.001 to 1000; 0 takes the likeliest token.
-      seed: of the sampling, below 2**32.
-      step: which checkpoint; None: the newest.
-
-    Raises:
-      ConfigError: the model is not causal, there is no such checkpoint, or an argument is
-        out of its range.
-    """
-    _check(config, temperature, seed)
-    tokenizer = make_tokenizer(config)
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tokens = start + tokenizer.encode(_utf8(prompt)).tolist()
-    if not tokens:
-        raise ConfigError("--prompt is empty and the tokenizer has no beginning of document")
-    text = TextStream(tokenizer.decode, tokens[len(start) :])
-    sampler = Sampler(config, workdir, step, temperature, seed, tokenizer.vocab_size)
-
-    def pieces() -> Iterator[str]:
-        for token in itertools.islice(sampler.continuation(tokens), num_tokens):
-            if token == tokenizer.eos_id:
-                break
-            yield text.push(token)
-        yield text.rest()
-
-    return pieces()
-
-
-def generate(config: ConfigDict, workdir: Path, prompt: str, **options: Any) -> str:
-    """Returns the prompt and its continuation; arguments and errors are those of `stream`."""
-    return prompt + "".join(stream(config, workdir, prompt, **options))
+from sparseformer_jax.training.state import ModelDef
 
 
 class Sampler:
-    """Draws tokens from the model of a checkpoint, on one device.
+    """Continues texts with the model of a checkpoint.
+
+    It runs on one device, or where `mesh.tensor` says more, on as many that share its heads.
 
     Args:
       config: the run's.
       workdir: of the run.
       step: which checkpoint; None: the newest.
-      temperature: of the softmax; 0 takes the likeliest token.
-      seed: of the draws.
-      vocab_size: of the tokenizer; rows beyond, which pad a vocabulary, are never drawn.
+      choice: of tokens.
+      seed: of the draws, below 2**32.
 
     Raises:
-      ConfigError: there is no such checkpoint, or it does not fit the config.
+      ConfigError: the model is not causal, there is no such checkpoint, it does not fit the
+        config, or the seed is out of its range.
     """
 
     def __init__(
         self,
         config: ConfigDict,
         workdir: Path,
-        step: int | None,
-        temperature: float,
-        seed: int,
-        vocab_size: int,
+        *,
+        step: int | None = None,
+        choice: Choice,
+        seed: int = 0,
     ) -> None:
-        self._mesh = mesh.make_mesh({}, jax.devices()[:1])
-        self._window = np.zeros((1, config.data.seq_len), np.int32)
-        with jax.set_mesh(self._mesh):
+        if not config.model.is_causal:
+            raise ConfigError("model.is_causal=False: an encoder does not predict the next token")
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"--seed={seed}: must be from 0 to below 2**32")
+        self.tokenizer = make_tokenizer(config)
+        num_devices = max(1, config.mesh.tensor)
+        devices = jax.devices()[:num_devices]
+        with jax.set_mesh(mesh.make_mesh({"tensor": num_devices}, devices)):
             model_def = ModelDef(config)
-            self._state = restore_state(model_def, workdir, step)
+            self._decoder = Decoder(
+                model_def,
+                restore_state(model_def, workdir, step),
+                size=config.data.seq_len,
+                choose=choice,
+                vocab_size=self.tokenizer.vocab_size,
+            )
             self._key = jax.random.key(seed)
 
-        def draw(
-            state: TrainState,
-            window: Int[Array, "1 T"],
-            last: Int[Array, ""],
-            key: Key[Array, ""],
-            index: Int[Array, ""],
-        ) -> Int[Array, ""]:
-            """Draws the token after position `last`: a causal model sees nothing later."""
-            model = model_def.model(state.params, state.variables, state.step)
-            hidden = jax.lax.dynamic_slice_in_dim(model.features(window).hidden, last, 1, axis=1)
-            logits = model.logits(hidden, model.output_kernel())[0, 0, :vocab_size]
-            if temperature == 0:
-                return jnp.argmax(logits)
-            # The largest is 0 before the division, so that none overflows.
-            scaled = (logits - jnp.max(logits)) / temperature
-            return jax.random.categorical(jax.random.fold_in(key, index), scaled)
+    def encode(self, prompt: str) -> list[int]:
+        """Returns the tokens of a document that begins with the prompt.
 
-        self._draw = jax.jit(draw)
+        Raises:
+          ConfigError: there are none.
+        """
+        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        tokens = start + self.tokenizer.encode(prompt).tolist()
+        if not tokens:
+            raise ConfigError("--prompt is empty and the tokenizer has no beginning of document")
+        return tokens
 
-    def continuation(self, tokens: Sequence[int]) -> Iterator[int]:
-        """Yields tokens without end; the last `data.seq_len` of all before decide the next."""
-        recent = collections.deque(tokens, maxlen=self._window.size)
-        for index in itertools.count():
-            self._window[0, : len(recent)] = recent
-            # Only here: a generator must not leave its mesh to its caller.
-            with jax.set_mesh(self._mesh):
-                drawn = self._draw(self._state, self._window, len(recent) - 1, self._key, index)
-                token = int(drawn)
-            recent.append(token)
-            yield token
+    def stream(self, prompt: str, num_tokens: int) -> Iterator[str]:
+        """Yields the continuation in pieces, each as soon as its characters are complete.
+
+        It ends with the document, or after `num_tokens`.
+        """
+        tokens = self.encode(prompt)
+        text = TextStream(self.tokenizer.decode, tokens)
+        for (token,) in itertools.islice(self.tokens([tokens]), num_tokens):
+            if token == self.tokenizer.eos_id:
+                break
+            yield text.push(token)
+        yield text.rest()
+
+    def tokens(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Yields the next token of every sequence, without end."""
+        for chosen in self._decoder.continuations(prompts, self._key):
+            yield chosen.tolist()
+
+    def continuations(self, prompts: Sequence[str], num_tokens: int) -> list[str]:
+        """Returns the continuation of each prompt, read and written together."""
+        starts = [self.encode(prompt) for prompt in prompts]
+        written: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        for chosen in itertools.islice(self.tokens(starts), num_tokens):
+            for row, token in enumerate(chosen):
+                ended[row] |= token == self.tokenizer.eos_id
+                if not ended[row]:
+                    written[row].append(token)
+            if all(ended):
+                break
+        texts = []
+        for start, tokens in zip(starts, written, strict=True):
+            text = TextStream(self.tokenizer.decode, start)
+            texts.append("".join(map(text.push, tokens)) + text.rest())
+        return texts
 
 
-def _check(config: ConfigDict, temperature: float, seed: int) -> None:
-    if not config.model.is_causal:
-        raise ConfigError("model.is_causal=False: an encoder does not predict the next token")
-    if temperature != 0 and not 1e-3 <= temperature <= 1e3:
-        raise ConfigError(
-            f"--temperature={temperature}: must be from 0.001 to 1000, or 0 for the likeliest"
-        )
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"--seed={seed}: must be from 0 to below 2**32")
-
-
-def _utf8(prompt: str) -> str:
-    """Returns the prompt, whose bytes that were no UTF-8 Python keeps as surrogates."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"--prompt={prompt!a}: not UTF-8 at character {error.start}; convert it"
-        ) from None
-    return prompt
+def generate(
+    config: ConfigDict, workdir: Path, prompts: Sequence[str], num_tokens: int = 256, **options: Any
+) -> list[str]:
+    """Returns each prompt with its continuation; options and errors are those of `Sampler`."""
+    sampler = Sampler(config, workdir, **{"choice": Choice()} | options)
+    continued = sampler.continuations(prompts, num_tokens)
+    return [prompt + text for prompt, text in zip(prompts, continued, strict=True)]

@@ -122,7 +122,8 @@ class LayerStack(nnx.Module):
 
     def init_cache(self, batch_size: int, size: int) -> list[Any]:
         """Returns the empty caches of each block of the unit, of all repeats."""
-        empty = [block.attention.init_cache(batch_size, size) for block in self.unit]
+        unit: Any = self.unit
+        empty = [block.attention.init_cache(batch_size, size) for block in unit]
         return jax.tree.map(lambda x: jnp.zeros((self.repeats, *x.shape), x.dtype), empty)
 
     def decode(
@@ -134,7 +135,8 @@ class LayerStack(nnx.Module):
         def body(x: jax.Array, xs: tuple[Any, list[Any]]) -> tuple[jax.Array, list[Any]]:
             state, caches = xs
             written = []
-            for block, own in zip(nnx.merge(graphdef, state), caches, strict=True):
+            unit: Any = nnx.merge(graphdef, state)
+            for block, own in zip(unit, caches, strict=True):
                 with read_only(block):
                     x, own = block.decode(x, start, own, step)
                 written.append(own)

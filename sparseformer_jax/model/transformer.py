@@ -12,8 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from sparseformer_jax import mesh
-from sparseformer_jax.attention.base import Attention
 from sparseformer_jax.attention._cache import Cache
+from sparseformer_jax.attention.base import Attention
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.layers import (
     Embedding,
@@ -119,7 +119,7 @@ class Block(nnx.Module):
         attended, cache = self.attention.decode(self.attention_norm(x), start, cache, step=step)
         return self._add(x, attended, (None, None)), cache
 
-    def _add(self, x: jax.Array, attended: jax.Array, rngs: Sequence[Any]) -> jax.Array:
+    def _add(self, x: jax.Array, attended: jax.Array, rngs: Any) -> jax.Array:
         """Adds what attention returned to the residual stream, then the MLP of that."""
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)

@@ -1,0 +1,74 @@
+"""Every method decodes from its cache what it computes of the whole sequence."""
+
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparseformer_jax import mesh, registry
+from sparseformer_jax.model.config import ModelConfig
+from tests.model.harness import normal, randomized
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+BATCH, SIZE = 3, 45  # no multiple of any block
+
+
+def attentions(name):
+    """One layer of each kind that the method's tiny model has."""
+    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]("tiny")
+    options = registry.options("attention", config.attention)
+    model = ModelConfig(**config.model)
+    kinds = registry.method("attention", name).Method.layer_kinds(options, model.num_layers)
+    return [randomized(lambda k=k, o=o: k(model, o, rngs=nnx.Rngs(0))) for k, o in set(kinds)]
+
+
+@pytest.mark.representative("*combiner", "*masformer")
+@pytest.mark.parametrize("name", registry.names("attention"))
+def test_decoding_equals_the_whole_sequence(name):
+    """In chunks of different sizes, rows at different places; what fills them up is no matter."""
+    for attention in attentions(name):
+        x = jnp.asarray(normal(0, BATCH, SIZE, attention.config.embed_dim))
+        positions = jnp.broadcast_to(jnp.arange(SIZE), (BATCH, SIZE))
+        whole = np.asarray(jax.jit(attention)(x, positions, None).output)
+        decode = jax.jit(lambda x, start, cache, a=attention: a.decode(x, start, cache))
+        cache = attention.init_cache(BATCH, SIZE)
+        output, cache = decode(x[:, :20], np.zeros(BATCH, np.int32), cache)
+        found = [np.asarray(output)]
+        expected = [whole[:, :20]]
+        start = np.asarray([7, 20, 1], np.int32)  # what lies beyond was padding
+        for _ in range(25):
+            rows = np.arange(BATCH)
+            output, cache = decode(x[rows, start][:, None], start, cache)
+            found.append(np.asarray(output))
+            expected.append(whole[rows, start][:, None])
+            start = start + 1
+        # Sums of at most 45 terms in another order, twice: weights, then projections.
+        found, expected = (np.concatenate(each, axis=1) for each in (found, expected))
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.representative("*masformer")
+@pytest.mark.parametrize("name", registry.names("attention"))
+def test_devices_share_rows_and_heads(name):
+    attention = attentions(name)[0]
+    x = jnp.asarray(normal(1, 4, 9, attention.config.embed_dim))
+    start = np.asarray([0, 3, 5, 2], np.int32)
+    decode = jax.jit(lambda x, start, cache: attention.decode(x, start, cache))
+    alone, kept = decode(x, start, attention.init_cache(4, 16))
+    graphdef, state = nnx.split(attention)
+
+    def run(state, x, start):
+        module = nnx.merge(graphdef, state)
+        return module.decode(x, start, module.init_cache(4, 16))
+
+    with jax.set_mesh(mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        placed = jax.device_put(x, mesh.spec("batch", "seq", None))
+        together, kept_together = jax.jit(run)(state, placed, start)
+        scale = np.abs(alone).max()
+        np.testing.assert_allclose(jax.device_get(together), alone, atol=1e-5 * scale)
+        for name_of, array in kept.items():
+            np.testing.assert_allclose(jax.device_get(kept_together[name_of]), array, atol=1e-5)
