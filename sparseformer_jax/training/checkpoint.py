@@ -22,6 +22,9 @@ Tree = TypeVar("Tree")
 
 policies = ocp.training.preservation_policies
 
+# Of arrays on their way to disk, unless one is larger, where memory holds no copy of all.
+_BYTES_AT_ONCE = 2**26
+
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
@@ -96,6 +99,22 @@ class Checkpoints:
             items = {"state": state, "meta": dataclasses.asdict(meta)}
             with self._writing():
                 self._checkpointer.save_checkpointables_async(step, items)
+
+    def write(self, step: int, state: Any, meta: Meta) -> None:
+        """Writes a checkpoint and returns when it is on disk; no copy of the state is made.
+
+        Raises:
+          ConfigError: it could not be written, as on a full disk.
+        """
+        largest = max(array.nbytes for array in jax.tree.leaves(state))
+        at_once = max(_BYTES_AT_ONCE, largest + 1)  # what orbax takes must be less
+        context = ocp.Context()
+        context.memory.deepcopy_host_arrays = False
+        context.memory.transfer_concurrent_bytes = at_once
+        context.memory.write_concurrent_bytes = at_once
+        with self._writing(), context:
+            items = {"state": state, "meta": dataclasses.asdict(meta)}
+            self._checkpointer.save_checkpointables(step, items)
 
     def wait(self) -> None:
         """Returns when all checkpoints are on disk.
