@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from sparseformer_jax import config_flags
 from sparseformer_jax.checks import ConfigError, NonFiniteError, suggest
 
-_CONFIG_HELP = """\
+CONFIG_HELP = """\
   --config.KEY=VALUE         override a key, e.g. --config.train.num_steps=500
                              sparseformer_jax/default_config.py documents all keys
 """
@@ -37,7 +37,7 @@ def run(
         # Libraries, grain among them, read absl's global flags.
         flags.FLAGS(argv[:1])
         if own.help:
-            print(usage + "\n" + _flag_list(own) + ("config" in own) * _CONFIG_HELP, end="")
+            print(usage + "\n" + _flag_list(own) + ("config" in own) * CONFIG_HELP, end="")
             return
         _check_devices()
         main(own, rest)
