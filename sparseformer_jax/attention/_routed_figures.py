@@ -67,9 +67,8 @@ def _membership(shown: Shown, heads: list[_Head]) -> "Figure":
         panel.locator_params(axis="y", nbins=8, integer=True)
         panel.tick_params(axis="y", labelsize=7)
         panel.grid(visible=False)
-        panel.set_xticks(np.arange(len(tokens)) - 0.5, minor=True)
-        panel.grid(which="minor", axis="x", color="0.9", linewidth=0.5)
-        panel.tick_params(which="minor", length=0)
+        borders = np.arange(len(tokens)) - 0.5
+        panel.vlines(borders, -0.5, num_clusters - 0.5, color="0.9", linewidth=0.5)
         figures.text_axis(panel, tokens)
         panel.tick_params(axis="x", labelbottom=True)
     panels[-1, 0].set_xlabel(f"the first {len(tokens)} tokens of the split", fontsize=8)

@@ -111,8 +111,10 @@ class Options:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay={self.decay} must be from 0 to 1")
-        if self.logit_scale is not None and self.logit_scale <= 0:
-            raise ValueError(f"logit_scale={self.logit_scale} must be positive")
+        if self.logit_scale is not None and not 1e-6 <= self.logit_scale <= 1e3:
+            raise ValueError(f"logit_scale={self.logit_scale} must be from 1e-6 to 1,000")
+        if self.commitment > 1e3:
+            raise ValueError(f"commitment={self.commitment} must be at most 1,000")
         if self.local_relative and self.implementation:
             raise ValueError(
                 f"implementation={self.implementation!r} has no embeddings of positions; set "
@@ -143,7 +145,7 @@ def check(options: Options, config: ConfigDict) -> None:
                 f"{devices.tensor} does not divide; make both kinds a multiple of it"
             )
     for name in ("num_clusters", "window_size"):
-        if getattr(options, name) > seq_len:
+        if routed and getattr(options, name) > seq_len:
             raise ValueError(
                 f"{name}={getattr(options, name)} is more than data.seq_len={seq_len}; take at "
                 f"most {seq_len}"

@@ -126,14 +126,24 @@ class Painter:
     def __init__(self, workdir: Path, tell: Callable[[str], None]) -> None:
         self._workdir, self._tell = workdir, tell
         self._thread = concurrent.futures.ThreadPoolExecutor(1) if has_matplotlib() else None
-        self._drawing: concurrent.futures.Future[Path] | None = None
+        self._drawing: concurrent.futures.Future[None] | None = None
         self._is_told = False
 
-    def draw(self) -> None:
-        """Starts to draw what has been written so far, once the picture before is done."""
+    def draw(self, then: Callable[[], None] | None = None) -> None:
+        """Starts to draw what has been written so far, once the picture before is done.
+
+        Args:
+          then: called in the thread after that; None: nothing.
+        """
         self._wait()
+
+        def work() -> None:
+            draw(self._workdir)
+            if then is not None:
+                then()
+
         if self._thread is not None:
-            self._drawing = self._thread.submit(draw, self._workdir)
+            self._drawing = self._thread.submit(work)
         elif not self._is_told:
             self._tell(f"no {PICTURE_FILE}: {_MISSING}")
             self._is_told = True

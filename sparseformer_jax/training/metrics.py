@@ -1,5 +1,6 @@
 """Where the numbers of a run go: JSON lines always, a progress bar or plain lines, TensorBoard."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -7,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparseformer_jax import figures, units
 from sparseformer_jax.evaluation.plots import Painter, has_matplotlib
@@ -33,7 +34,7 @@ class MetricWriter:
         if not is_primary:
             return
         self._file = (workdir / METRICS_FILE).open("a")
-        self._tensorboard = None
+        self._tensorboard: Any = None
         if importlib.util.find_spec("tensorboardX"):
             from tensorboardX import SummaryWriter
 
@@ -84,11 +85,13 @@ class MetricWriter:
         self._write(step, "eval", numbers)
         pairs = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         self.message(f"eval at step {step}: {pairs}")
-        self._painter.draw()
-        if pictures is not None and self._tensorboard is not None:
-            for name, picture in pictures().items():
-                pixels = figures.pixels(picture)
-                self._tensorboard.add_image(f"pictures/{name}", pixels, step, dataformats="HWC")
+        self._painter.draw(pictures and functools.partial(self._show, step, pictures))
+
+    def _show(self, step: int, pictures: Callable[[], Mapping[str, "Figure"]]) -> None:
+        """Draws pictures into TensorBoard."""
+        for name, picture in pictures().items():
+            pixels = figures.pixels(picture)
+            self._tensorboard.add_image(f"pictures/{name}", pixels, step, dataformats="HWC")
 
     def message(self, text: str) -> None:
         """Shows a line to the user."""

@@ -413,7 +413,10 @@ def test_cold_start(update):
         ({"num_clusters": 513}, {}, r"num_clusters=513 .*seq_len=512; take at most 512"),
         ({"window_size": 0}, {}, r"window_size=0 must be at least 1"),
         ({"decay": 1.5}, {}, r"decay=1\.5 must be from 0 to 1"),
-        ({"logit_scale": 0.0}, {}, r"logit_scale=0\.0 must be positive"),
+        ({"num_clusters": 0}, {}, r"num_clusters=0 must be at least 1"),
+        ({"logit_scale": 0.0}, {}, r"logit_scale=0\.0 must be from 1e-6 to 1,000"),
+        ({"logit_scale": 1e30}, {}, r"logit_scale=1e\+30 must be from 1e-6 to 1,000"),
+        ({"commitment": 1e30}, {}, r"commitment=1e\+30 must be at most 1,000"),
         ({"share_qk": False}, {}, r"selection='causal' .*selection='paper'"),
         ({}, {"model.is_causal": False}, r"selection='causal' .*selection='paper'"),
         (
