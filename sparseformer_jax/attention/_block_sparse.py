@@ -11,6 +11,7 @@ from pallas_kernels import BlockMask, block_sparse_attention
 from pallas_kernels.block_sparse_attention.selection import IMPLEMENTATIONS
 from pallas_kernels.rules import Rule
 from pallas_kernels.selection import CannotRun
+from sparseformer_jax.attention import _one_query
 from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, SegmentIds, Shard
 from sparseformer_jax.checks import ConfigError
@@ -58,9 +59,29 @@ class BlockSparseAttention(Attention):
     def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns attention over the active blocks, with the density of the pattern."""
         query, key, value = inputs.query, inputs.key, inputs.value
-        block_mask = self._local_mask(query.shape[1], key.shape[1], query.shape[2], shard)
-        output = self._attend_blocks(query, key, value, block_mask, inputs.segment_ids)
+        output = self._attend_by_rule(query, key, value, inputs.segment_ids, shard)
         return AttentionOutput(output, diagnostics=self._diagnostics(key.shape[1]))
+
+    def _attend_by_rule(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segment_ids: SegmentIds | None,
+        shard: Shard,
+    ) -> Any:
+        """Attends to what the rule says of this device's queries and heads."""
+        num_queries, num_keys, num_heads = query.shape[1], key.shape[1], query.shape[2]
+        if num_queries > 1 or shard.seq_axes or not self.config.is_causal:
+            mask = self._local_mask(num_queries, num_keys, num_heads, shard)
+            return self._attend_blocks(query, key, value, mask, segment_ids)
+        rule, position = self.rule(), jnp.asarray(shard.query_offset)
+        heads = jnp.arange(max(1, rule.pattern_heads * num_heads // shard.num_heads))
+        heads += shard.head_offset * rule.pattern_heads // shard.num_heads
+        kept = _one_query.visible(rule, heads, position, num_keys, self.window_size)
+        return _one_query.attend(
+            query, key, value, kept, segment_ids, self.config.scale, self.config.attention_soft_cap
+        )
 
     def _attend_blocks(
         self,

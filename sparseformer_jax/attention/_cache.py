@@ -1,17 +1,20 @@
 """What a layer keeps of the tokens before: written once, read by every token after them.
 
-Row b of a cache of size S holds the tokens 0 to S - 1 of one sequence. What lies beyond the last
-that was written is another document to attention, and is overwritten later.
+Layers that scan share a cache, arrays [R, B, S, ..]. Row b of size S holds the tokens 0 to S - 1 of
+one sequence. What lies beyond the last that was written is another document to attention, and is
+overwritten later.
 """
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from sparseformer_jax.attention.inputs import Inputs
+from sparseformer_jax.attention.inputs import Inputs, spec_of
 
 Cache = dict[str, jax.Array]
 
@@ -29,20 +32,26 @@ def fields(needs: Iterable[str], *, gathers_keys: bool) -> tuple[str, ...]:
     return of_keys if gathers_keys else (*of_keys, "query", *sorted(_OF_QUERIES & set(needs)))
 
 
-def write(cache: Cache, inputs: Inputs, start: Int[Array, " B"]) -> Cache:
-    """Returns the cache with T tokens more: row b's from position start[b] on."""
+def partition(names: Iterable[str]) -> dict[str, PartitionSpec]:
+    """Returns how the arrays of a cache are divided over the mesh."""
+    return {name: PartitionSpec(None, *spec_of(name)) for name in names}
+
+
+def write(cache: Cache, inputs: Inputs, start: Int[Array, " B"], layer: Any) -> Cache:
+    """Returns the cache with T tokens more in a layer: row b's from position start[b] on."""
+    rows = jnp.arange(len(start))[:, None]
+    places = start[:, None] + jnp.arange(inputs.query.shape[1])
 
     def put(kept: jax.Array, new: jax.Array) -> jax.Array:
-        def row(kept: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(kept, new, start, axis=0)
-
-        return jax.vmap(row)(kept, new.astype(kept.dtype), start)
+        # One at a time in place, where a slice of the layer would be copied whole.
+        return kept.at[layer, rows, places].set(new.astype(kept.dtype), unique_indices=True)
 
     return {name: put(kept, getattr(inputs, name)) for name, kept in cache.items()}
 
 
-def read(cache: Cache, inputs: Inputs, start: Int[Array, " B"]) -> Inputs:
-    """Returns inputs of T queries, or of as many as keys, over all keys that the cache holds."""
+def read(cache: Cache, inputs: Inputs, start: Int[Array, " B"], layer: Any) -> Inputs:
+    """Returns inputs of T queries, or of as many as keys, over all keys of a layer's cache."""
+    cache = {name: x[layer] for name, x in cache.items()}
     batch, size = cache["key"].shape[:2]
     num_queries = inputs.query.shape[1]
     index = jnp.broadcast_to(jnp.arange(size), (batch, size))

@@ -23,7 +23,6 @@ from sparseformer_jax.attention.inputs import (
     Noise,
     Shard,
     local_noise,
-    spec_of,
 )
 from sparseformer_jax.figures import Shown
 from sparseformer_jax.model.config import ModelConfig
@@ -175,13 +174,13 @@ class Attention(nnx.Module):
             attended, output=self.out(attended.output), statistics=statistics
         )
 
-    def init_cache(self, batch_size: int, size: int) -> Cache:
+    def init_cache(self, batch_size: int, size: int, num_layers: int = 1) -> Cache:
         """Returns the empty cache of so many sequences of at most `size` tokens.
 
-        A method that may forget tokens overrides it, with `_decode`.
+        A method that may forget tokens overrides it, with `_decode`. Layers share arrays.
         """
         config, (_, dtype) = self.config, self.config.dtypes
-        tokens = (batch_size, size)
+        tokens = (num_layers, batch_size, size)
         shapes = {
             "x": (*tokens, config.embed_dim),
             "query": (*tokens, config.num_heads, config.head_dim),
@@ -189,7 +188,10 @@ class Attention(nnx.Module):
         shapes["unrotated_query"] = shapes["query"]
         keys = (*tokens, config.num_kv_heads, config.head_dim)
         names = _cache.fields(self.needs, gathers_keys=self.gathers_keys)
-        return {name: jnp.zeros(shapes.get(name, keys), dtype) for name in names}
+        empty = {name: jnp.zeros(shapes.get(name, keys), dtype) for name in names}
+        return (
+            jax.tree.map(jax.reshard, empty, _cache.partition(empty)) if mesh.is_active() else empty
+        )
 
     def decode(
         self,
@@ -197,6 +199,7 @@ class Attention(nnx.Module):
         start: Int[Array, " B"],
         cache: Cache,
         *,
+        layer: Any = 0,
         step: Any = 0,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Returns attention of the next tokens of each sequence over all before, and the cache.
@@ -208,15 +211,16 @@ class Attention(nnx.Module):
           x: normalised residual stream of T tokens a sequence.
           start: position of the first of them.
           cache: of the tokens before; it has room for these.
+          layer: which of the layers that share it this is.
           step: of training.
         """
         positions = start[:, None] + jnp.arange(x.shape[1])
         inputs = self._inputs(x, positions, None, None, step)
         if mesh.is_active():
-            output, cache = self._decode_sharded(inputs, start, cache)
+            output, cache = self._decode_sharded(inputs, start, cache, layer)
         else:
             shard = Shard(num_heads=self.config.num_heads)
-            output, cache = self._decode(inputs, start, cache, shard)
+            output, cache = self._decode(inputs, start, cache, layer, shard)
         return self.out(output), cache
 
     def weights_by_kind(
@@ -330,10 +334,10 @@ class Attention(nnx.Module):
         )
 
     def _decode(
-        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, shard: Shard
+        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, layer: Any, shard: Shard
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         """Writes keys and values of the local rows and heads, then attends to all of a row."""
-        cache = _cache.write(cache, inputs, start)
+        cache = _cache.write(cache, inputs, start, layer)
         num_queries = inputs.query.shape[1]
 
         def row(inputs: Inputs, start: jax.Array) -> jax.Array:
@@ -344,20 +348,21 @@ class Attention(nnx.Module):
             at_start = dataclasses.replace(shard, query_offset=start)
             return self.attend(inputs, at_start).output[0]
 
-        seen = _cache.read(cache, inputs, start)
+        seen = _cache.read(cache, inputs, start, layer)
         axes = jax.tree.map(lambda x: 0 if x.ndim else None, seen)
         return jax.vmap(row, (axes, 0))(seen, start), cache
 
     def _decode_sharded(
-        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache
+        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, layer: Any
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         """Runs `_decode` on each device's rows and heads."""
-        start_spec, cache_spec = mesh.spec("batch"), {name: spec_of(name) for name in cache}
+        start_spec, all_have = mesh.spec("batch"), PartitionSpec()
+        cache_spec = _cache.partition(cache)
 
         def local(
-            module: "Attention", inputs: Inputs, shard: Shard, start: jax.Array, cache: Cache
+            module: "Attention", inputs: Inputs, shard: Shard, start: Any, cache: Cache, layer: Any
         ) -> tuple[jax.Array, Cache]:
-            return module._decode(inputs, start, cache, shard)
+            return module._decode(inputs, start, cache, layer, shard)
 
         return _sharding.over_devices(
             self,
@@ -365,7 +370,8 @@ class Attention(nnx.Module):
             inputs,
             jax.reshard(start, start_spec),
             jax.tree.map(jax.reshard, cache, cache_spec),
-            other_specs=(start_spec, cache_spec),
+            jnp.asarray(layer),
+            other_specs=(start_spec, cache_spec, all_have),
             out_specs=lambda query_spec: (query_spec, cache_spec),
         )
 

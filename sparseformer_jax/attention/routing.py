@@ -318,8 +318,7 @@ class Method(BlockSparseAttention):
         if query.shape[2] > len(heads):  # routed heads have queries of their own
             query = query[:, :, heads]
         if not self.options.local_relative:
-            mask = self._local_mask(query.shape[1], key.shape[1], len(heads), shard)
-            return self._attend_blocks(query, key, value, mask, inputs.segment_ids)
+            return self._attend_by_rule(query, key, value, inputs.segment_ids, shard)
         return _nearby.attend(
             query,
             key,

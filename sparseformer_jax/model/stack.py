@@ -123,8 +123,7 @@ class LayerStack(nnx.Module):
     def init_cache(self, batch_size: int, size: int) -> list[Any]:
         """Returns the empty caches of each block of the unit, of all repeats."""
         unit: Any = self.unit
-        empty = [block.attention.init_cache(batch_size, size) for block in unit]
-        return jax.tree.map(lambda x: jnp.zeros((self.repeats, *x.shape), x.dtype), empty)
+        return [block.attention.init_cache(batch_size, size, self.repeats) for block in unit]
 
     def decode(
         self, x: jax.Array, start: jax.Array, caches: list[Any], step: Any
@@ -132,17 +131,18 @@ class LayerStack(nnx.Module):
         """Returns x of the next tokens after all layers, and the caches with them."""
         graphdef, state = nnx.split(self.unit)
 
-        def body(x: jax.Array, xs: tuple[Any, list[Any]]) -> tuple[jax.Array, list[Any]]:
-            state, caches = xs
-            written = []
+        def body(carry: tuple[Any, list[Any]], xs: tuple[Any, Any]) -> tuple[Any, None]:
+            (x, caches), (state, repeat) = carry, xs
             unit: Any = nnx.merge(graphdef, state)
-            for block, own in zip(unit, caches, strict=True):
+            written = []
+            for block, cache in zip(unit, caches, strict=True):
                 with read_only(block):
-                    x, own = block.decode(x, start, own, step)
+                    x, own = block.decode(x, start, cache, repeat, step)
                 written.append(own)
-            return x, written
+            return (x, written), None
 
-        return jax.lax.scan(body, x, (state, caches))
+        # Caches are carried, not scanned: so they are changed in place.
+        return jax.lax.scan(body, (x, caches), (state, jnp.arange(self.repeats)))[0]
 
     def blocks(self) -> Iterator[Any]:
         """Returns the blocks one after another, each with parameters of its own."""

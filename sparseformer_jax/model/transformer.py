@@ -113,10 +113,17 @@ class Block(nnx.Module):
         return x, Reports(attended.losses, attended.diagnostics, statistics)
 
     def decode(
-        self, x: Float[Array, "B T D"], start: Int[Array, " B"], cache: Cache, step: Any
+        self,
+        x: Float[Array, "B T D"],
+        start: Int[Array, " B"],
+        cache: Cache,
+        layer: Any,
+        step: Any,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Returns the residual stream of the next tokens, and the cache with them."""
-        attended, cache = self.attention.decode(self.attention_norm(x), start, cache, step=step)
+        attended, cache = self.attention.decode(
+            self.attention_norm(x), start, cache, layer=layer, step=step
+        )
         return self._add(x, attended, (None, None)), cache
 
     def _add(self, x: jax.Array, attended: jax.Array, rngs: Any) -> jax.Array:
