@@ -5,15 +5,15 @@ token's place in its block is its rank in the cluster modulo P. Its mates lie in
 and those right before. Ranks come from the past alone, and so does every bit of the output.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sparseformer_jax.attention import _clusters, _tiles
+from sparseformer_jax.attention import _bands, _clusters, _tiles
 from sparseformer_jax.attention.inputs import SegmentIds
 
 
@@ -73,7 +73,9 @@ def attend(
     query_offset: Any = 0,
     segment_ids: SegmentIds | None = None,
     masks_self: bool,
-    **scores: Any,
+    scale: float,
+    cap: float | None = None,
+    relative: _tiles.Relative | None = None,
 ) -> Float[Array, "B T R H"]:
     """Returns attention of T tokens, from an offset on, to the last members of their clusters.
 
@@ -87,36 +89,51 @@ def attend(
       query_offset: of the first query.
       segment_ids: members of another segment are not seen.
       masks_self: a token sees itself only where it sees no other.
-      scores: what `_tiles.attend` takes of scale, cap and relative embeddings.
+      scale: of the logits.
+      cap: of the logits, see `_tiles.attend`.
+      relative: embeddings of the difference of ranks.
     """
-    size = slots.token.shape[-1] // slots.cluster.shape[-1]
-    back = math.ceil((min(window_size, x.shape[1]) - 1) / size)
+    (batch, heads, num_blocks), num_keys = slots.cluster.shape, x.shape[1]
+    size = slots.token.shape[-1] // num_blocks
+    back = math.ceil((min(window_size, num_keys) - 1) / size)
+    logits = _tiles.Plan(scale, cap, first_place=-back * size)
+    plan = _bands.Plan(size, back, window_size, masks_self, logits)
+    padded = _behind(slots, back, num_keys)
 
-    def in_blocks(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, size, *x.shape[3:])
+    def rows(x: jax.Array) -> jax.Array:
+        return x.reshape(batch * heads, *x.shape[2:])
 
-    vectors, values = in_blocks(_to_slots(x, slots)), in_blocks(_to_slots(value, slots))
-    place = np.arange(-back * size, size) - np.arange(size)[:, None]
-    # Slots that are empty stand behind the members of their cluster, where causality hides them.
-    visible = jnp.asarray((place <= 0) & (place > -window_size))
-    cluster = slots.cluster[..., None, None] + 1  # look_back puts 0 before the first
-    is_own = _tiles.look_back(cluster, back)[..., 0] == cluster[..., 0]
-    visible &= jnp.repeat(is_own, size, axis=-1)[..., None, :]
+    ids = None
     if segment_ids is not None:
-        ids = jax.vmap(lambda ids, token: ids[token])(segment_ids[1], slots.token)
-        ids = in_blocks(ids)[..., None]
-        visible &= ids == _tiles.look_back(ids, back)[..., 0][..., None, :]
-    tiles = vectors, _tiles.look_back(vectors, back), _tiles.look_back(values, back), visible
-    if num_queries < x.shape[1]:
+        ids = rows(jax.vmap(lambda ids, token: ids[token])(segment_ids[1], padded.token))
+    vectors, values = (rows(_to_slots(each, padded)) for each in (x, value))
+    of_slots = _bands.Rows(vectors, values, rows(padded.cluster), ids)
+    if num_queries == num_keys:
+        out = _bands.attend(plan, of_slots, relative)
+    else:
         blocks, slots = _of_queries(slots, num_clusters, num_queries, query_offset)
-        tiles = tuple(jax.vmap(jax.vmap(lambda x, i: x[i]))(x, blocks) for x in tiles)
-    out = _tiles.attend(
-        *tiles,
-        last_resort=jnp.asarray(place == 0) if masks_self else None,
-        first_place=-back * size,
-        **scores,
+        tiles = (jax.vmap(lambda x, i: x[i])(x, rows(blocks)) for x in _bands.tiles(plan, of_slots))
+        out = _tiles.attend(
+            *tiles,
+            last_resort=plan.last_resort,
+            relative=relative,
+            **dataclasses.asdict(plan.scores),
+        )
+    return _from_slots(out.reshape(batch, heads, -1, out.shape[-1]), slots)
+
+
+def _behind(slots: Slots, blocks: int, num_tokens: int) -> Slots:
+    """The slots behind so many blocks that are empty and of no cluster."""
+    size = slots.token.shape[-1] // slots.cluster.shape[-1]
+
+    def pad(x: jax.Array, width: int, value: int) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (width, 0)), constant_values=value)
+
+    return Slots(
+        pad(slots.token, blocks * size, num_tokens),
+        slots.slot + blocks * size,
+        pad(slots.cluster, blocks, -1),
     )
-    return _from_slots(out, slots)
 
 
 def _of_queries(
@@ -147,7 +164,7 @@ def _to_slots(x: Float[Array, "B S R H"], slots: Slots) -> Float[Array, "B R L H
     return _rearrange(x.reshape(-1, x.shape[-1]), of_slots, of_tokens)
 
 
-def _from_slots(x: Float[Array, "B R M P H"], slots: Slots) -> Float[Array, "B S R H"]:
+def _from_slots(x: Float[Array, "B R L H"], slots: Slots) -> Float[Array, "B S R H"]:
     """Returns what every token's slot holds."""
     of_slots, of_tokens = _rows(slots)
     return _rearrange(x.reshape(-1, x.shape[-1]), of_tokens, of_slots)

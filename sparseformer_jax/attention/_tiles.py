@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import precision
 from sparseformer_jax.model.layers import soft_cap
@@ -71,7 +71,7 @@ def attend(
 
     masks = [visible] if last_resort is None else [visible, last_resort]
     out = _attend(
-        _Plan(scale, cap, first_place),
+        Plan(scale, cap, first_place),
         tuple(flat(x, x.shape) for x in (query, key, value)),
         relative,
         [x if x.ndim <= 2 else flat(x, shape) for x in masks],
@@ -80,8 +80,8 @@ def attend(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is static of `attend`."""
+class Plan:
+    """What is static of `attend`, as its arguments are."""
 
     scale: float
     cap: float | None
@@ -96,28 +96,28 @@ _Masks = list[Bool[Array, "..."]]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    plan: _Plan, tiles: _Tiles, relative: Relative | None, masks: _Masks
+    plan: Plan, tiles: _Tiles, relative: Relative | None, masks: _Masks
 ) -> Float[Array, "U P V"]:
     """Attention of tiles in one row."""
 
     def forward(*arrays: Any) -> tuple[jax.Array, None]:
-        return _together(plan, *arrays), None
+        return together(plan, *arrays), None
 
     return _on_platform(forward, None, tiles, relative, masks)[0]
 
 
-def _attend_fwd(plan: _Plan, *arrays: Any) -> tuple[Float[Array, "U P V"], tuple[Any, ...]]:
+def _attend_fwd(plan: Plan, *arrays: Any) -> tuple[Float[Array, "U P V"], tuple[Any, ...]]:
     return _attend(plan, *arrays), arrays
 
 
 def _attend_bwd(
-    plan: _Plan, residuals: tuple[_Tiles, Relative | None, _Masks], d_out: Float[Array, "U P V"]
+    plan: Plan, residuals: tuple[_Tiles, Relative | None, _Masks], d_out: Float[Array, "U P V"]
 ) -> tuple[_Tiles, Relative | None, None]:
     tiles, relative, masks = residuals
 
     def backward(tiles: _Tiles, relative: Relative | None, masks: _Masks) -> tuple[Any, Any]:
         def forward(tiles: _Tiles, relative: Relative | None) -> jax.Array:
-            return _together(plan, tiles, relative, masks)
+            return together(plan, tiles, relative, masks)
 
         _, pull = jax.vjp(forward, tiles[:-1], relative)
         return pull(tiles[-1])
@@ -151,8 +151,7 @@ def _in_groups(
       masks: of U tiles, or of all.
     """
     count, scores = len(tiles[0]), tiles[0].shape[1] * tiles[1].shape[1]
-    most = max(1, min(count, _SCORES_IN_CACHE // scores))
-    size = max(n for n in range(1, most + 1) if count % n == 0)
+    size = group_size(count, scores)
     own = [mask for mask in masks if mask.ndim == 3]
 
     def step(sums: Any, group: tuple[_Tiles, _Masks]) -> tuple[Any, Any]:
@@ -167,10 +166,26 @@ def _in_groups(
     return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), of_tiles), sums
 
 
-def _together(
-    plan: _Plan, tiles: _Tiles, relative: Relative | None, masks: _Masks
+def group_size(count: int, scores: int) -> int:
+    """Returns how many of `count` things, each of so many scores, a CPU computes together.
+
+    It divides their number.
+    """
+    most = max(1, min(count, _SCORES_IN_CACHE // scores))
+    return max(n for n in range(1, most + 1) if count % n == 0)
+
+
+def together(
+    plan: Plan, tiles: _Tiles, relative: Relative | None, masks: _Masks
 ) -> Float[Array, "U P V"]:
-    """Attention of tiles at once, all scores in memory."""
+    """Returns attention of tiles at once, all scores in memory.
+
+    Args:
+      plan: what is static.
+      tiles: queries, keys and values.
+      relative: embeddings, see `attend`.
+      masks: `visible`, and `last_resort` if there is one.
+    """
     query, key, value = tiles
     visible, *last_resort = masks
     exact = precision.exact(query.dtype)
@@ -221,18 +236,3 @@ def _unskew(y: Float[Array, "*N P W"]) -> Float[Array, "*N P X"]:
     y = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, columns - num_keys)]).reshape(*tiles, -1)
     y = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(rows - 1, 1)])
     return y.reshape(*tiles, rows, columns + 1)[..., :columns]
-
-
-def look_back(x: Shaped[Array, "*N M P H"], blocks: int) -> Shaped[Array, "*N M W H"]:
-    """Returns each block of P rows behind as many earlier ones, zeros before the first.
-
-    W is (blocks + 1) P.
-    """
-    axis = x.ndim - 3
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (blocks, 0)
-    padded = jnp.pad(x, padding)
-    shifted = [
-        jax.lax.slice_in_dim(padded, j, j + x.shape[axis], axis=axis) for j in range(blocks + 1)
-    ]
-    return jnp.concatenate(shifted, axis=-2)
