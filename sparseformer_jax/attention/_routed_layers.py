@@ -28,9 +28,15 @@ class SharedOutput(Projection):
         self.shared = nnx.Param(shared, axes=(None, "head_dim"), in_dims=1)
 
     def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """Returns the heads' outputs, each times the shared matrix, projected together."""
-        x = x.astype(self.dtype)
-        return super().__call__(jnp.einsum("btnh,hk->btnk", x, in_use(self.shared, self.dtype)))
+        """Returns the heads' outputs, each times the shared matrix, projected together.
+
+        The matrix is multiplied with what has fewer rows, tokens or the kernel.
+        """
+        shared = in_use(self.shared, self.dtype)
+        kernel = in_use(self.kernel, self.dtype)
+        if x.shape[0] * x.shape[1] < kernel.shape[-1]:
+            return self.by(kernel, jnp.einsum("btnh,hk->btnk", x.astype(self.dtype), shared))
+        return self.by(jnp.einsum("hk,nkd->nhd", shared, kernel), x)
 
 
 class LocalQueries(Projection):

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import precision
 from sparseformer_jax.model.layers import soft_cap
 
-# Scores that a CPU computes together: 256 KiB in float32.
-_SCORES_IN_CACHE = 2**16
+# Scores that a CPU computes together: 128 KiB in float32.
+_SCORES_IN_CACHE = 2**15
 # The logit of what is seen only where there is nothing else (Kitaev et al. 2020, section 2).
 _LAST_RESORT = -5e4
 
@@ -205,11 +205,15 @@ def together(
         logits = jnp.where(is_last, _LAST_RESORT, logits)
     # Finite, so that a query that sees nothing never meets inf - inf.
     logits = jnp.where(visible, logits, jnp.finfo(dtype).min)
-    weights = jnp.where(visible, jax.nn.softmax(logits), 0).astype(query.dtype)
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.where(visible, jnp.exp(logits - peak), 0)
+    # Divided by only in the end: of a query's numbers those are the fewest.
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(query.dtype)
     out = product("upj,ujh->uph", weights, value)
     if relative is not None:
         out += product("upd,dh->uph", _unskew(weights), tables[1])
-    return out.astype(query.dtype)
+    return (out / jnp.where(total == 0, 1, total)).astype(query.dtype)
 
 
 def _by_difference(

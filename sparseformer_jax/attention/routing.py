@@ -314,9 +314,9 @@ class Method(BlockSparseAttention):
         self, inputs: Inputs, shard: Shard, heads: np.ndarray
     ) -> Float[Array, "B T N H"]:
         """Attention of the local heads."""
-        query, key, value = inputs.query, inputs.key[:, :, heads], inputs.value[:, :, heads]
+        query, key, value = inputs.query, *(_of_heads(x, heads) for x in (inputs.key, inputs.value))
         if query.shape[2] > len(heads):  # routed heads have queries of their own
-            query = query[:, :, heads]
+            query = _of_heads(query, heads)
         if not self.options.local_relative:
             return self._attend_by_rule(query, key, value, inputs.segment_ids, shard)
         return _nearby.attend(
@@ -337,15 +337,15 @@ class Method(BlockSparseAttention):
         """Attention of the routed heads, and what their centroids learn from."""
         options, num_queries = self.options, inputs.query.shape[1]
         centroids = self.centroids[...].astype(jnp.float32)
-        query = key = _routed_heads.vectors(inputs.unrotated_key[:, :, heads], centroids)
+        query = key = _routed_heads.vectors(_of_heads(inputs.unrotated_key, heads), centroids)
         if not options.share_qk:
             if num_queries < key.x.shape[1]:
                 raise ConfigError(
                     "attention.share_qk=False: clusters of queries need all of them at once, and "
                     f"here are {num_queries} of {key.x.shape[1]}"
                 )
-            query = _routed_heads.vectors(inputs.unrotated_query[:, :, heads], centroids)
-        value, scores = inputs.value[:, :, heads], self._scores()
+            query = _routed_heads.vectors(_of_heads(inputs.unrotated_query, heads), centroids)
+        value, scores = _of_heads(inputs.value, heads), self._scores()
         if options.selection == "causal":
             output, diagnostics = _routed_heads.attend_last_members(
                 options, inputs, shard, key, value, scores
@@ -395,3 +395,12 @@ def _is_routed(num_heads: int, num_routed: int) -> np.ndarray:
     """Which heads are routed: spread evenly."""
     ends = np.arange(num_heads + 1) * num_routed // num_heads
     return np.diff(ends) > 0
+
+
+def _of_heads(x: Float[Array, "B T N H"], heads: np.ndarray) -> Float[Array, "B T n H"]:
+    """Returns some heads by slices: before those, unlike a gather, XLA computes no other heads."""
+    steps = np.unique(np.diff(heads))
+    if len(steps) <= 1:
+        step = steps[0] if len(steps) else 1
+        return x[:, :, heads[0] : heads[-1] + 1 : step]
+    return jnp.concatenate([x[:, :, i : i + 1] for i in heads], axis=2)

@@ -111,12 +111,15 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns y of shape [*x.shape[:-len(in_shape)], *out_shape]."""
+        return self.by(in_use(self.kernel, self.dtype), x)
+
+    def by(self, kernel: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the same with a kernel made of this one, as products see it."""
         out_axes = mesh.gathered_axes(self.kernel.axes)[self.in_dims :]
         batch_dims = x.ndim - self.in_dims
         out_sharding = None
         if mesh.is_active():
             out_sharding = mesh.spec(*("batch", "seq", None)[:batch_dims], *out_axes)
-        kernel = in_use(self.kernel, self.dtype)
         y = project(x.astype(self.dtype), kernel, self.in_dims, out_sharding)
         return y if self.bias is None else y + in_use(self.bias, self.dtype)
 
