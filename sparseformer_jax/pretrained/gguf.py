@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from sparseformer_jax.checks import ConfigError
-from sparseformer_jax.pretrained import gguf_tokenizer
+from sparseformer_jax.pretrained import gguf_rope, gguf_tokenizer
 from sparseformer_jax.pretrained.fields import Fields
 from sparseformer_jax.pretrained.gguf_header import GgufHeader, GgufTensor
 from sparseformer_jax.pretrained.parts import Parts
@@ -20,6 +20,9 @@ TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PART = re.compile(r"(.+\.gguf)\.part(\d+)")
+
+# Not a weight: what slows each frequency of rotary positions.
+DIVISORS = "rope_freqs.weight"
 
 # Of numbers that are dequantised at a time: what bounds the memory beside the result.
 _PIECE = 2**21
@@ -106,7 +109,12 @@ class GgufFiles:
         config.setdefault("head_dim", own.get("rope.dimension_count"))
         config["vocab_size"] = self.shapes.get("token_embd.weight", (None,))[0]
         config["tie_word_embeddings"] = "output.weight" not in self.shapes
-        return config | {"rope_scaling": _scaling(own)}
+        config["rope_scaling"] = gguf_rope.named_scaling(own, self.where)
+        if DIVISORS in self.shapes:
+            theta = Fields(config, self.where).get("rope_theta", float, 10000.0)
+            divisors = self.read(DIVISORS)
+            config["rope_scaling"] = gguf_rope.listed_scaling(divisors, theta, self.where)
+        return config
 
     def _check_whole(self, metadata: Mapping[str, Any]) -> None:
         expected = metadata.get("split.tensors.count", len(self._tensors))
@@ -115,17 +123,6 @@ class GgufFiles:
                 f"{self.where}: split.tensors.count={expected}, but the files hold "
                 f"{len(self._tensors)}; a part is missing"
             )
-
-
-def _scaling(own: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scaling of rotary positions as transformers' config.json has it."""
-    kind = own.get("rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    names = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
-    names |= {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-    found = {theirs: own.get(f"rope.scaling.{name}") for name, theirs in names.items()}
-    return {"rope_type": kind, **found}
 
 
 def _opened(paths: Sequence[Path]) -> list[Parts]:

@@ -9,6 +9,7 @@ import pytest
 
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.pretrained.gguf import TYPES, GgufFiles
+from sparseformer_jax.pretrained.importing import architecture_of, make_config
 from tests.pretrained.files import LLAMA, gguf_tensors, write_gguf
 
 ALIGNMENT = 32
@@ -210,3 +211,42 @@ def test_settings(tmp_path):
     for name in set(LLAMA) - {"model_type", "architectures", "rms_norm_eps"}:
         assert fields.get(name, type(LLAMA[name])) == LLAMA[name]
     assert fields.get("rms_norm_eps", float) == np.float32(LLAMA["rms_norm_eps"])
+
+
+def llama3_divisors(factor=8.0, theta=5e5, size=LLAMA["head_dim"]):
+    """As llama.cpp's converter writes them, one by one."""
+    divisors = []
+    for frequency in 1.0 / theta ** (np.arange(0, size, 2) / size):
+        wave = 2 * np.pi / frequency
+        if wave < 8192 / 4:
+            divisors.append(1.0)
+        elif wave > 8192:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wave - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
+
+
+def test_llama3_s_scaling_is_listed(tmp_path):
+    divisors = llama3_divisors()
+    assert {1.0, 8.0} <= set(divisors.tolist())
+    tensors = gguf_tensors() | {"rope_freqs.weight": divisors}
+    base = {"llama.rope.freq_base": 5e5}
+    source = GgufFiles([write_gguf(tmp_path / "a.gguf", tensors, base)])
+    config = make_config(source, architecture_of(source), source.tokenizer(), tmp_path / "t")
+    assert (config.model.rope_scaling, config.model.rope_factor) == ("llama3", 8.0)
+    assert config.model.rope_original_positions == 8192
+    tensors["rope_freqs.weight"] = divisors + 1
+    with pytest.raises(ConfigError, match=r"rope_freqs\.weight is no scaling as Llama 3\.1 has"):
+        GgufFiles([write_gguf(tmp_path / "b.gguf", tensors, base)])
+
+
+def test_scalings_are_named(tmp_path):
+    fields = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    source = GgufFiles([write_gguf(tmp_path / "a.gguf", fields=fields)])
+    config = make_config(source, architecture_of(source), source.tokenizer(), tmp_path / "t")
+    assert (config.model.rope_scaling, config.model.rope_factor) == ("linear", 4.0)
+    fields["llama.rope.scaling.attn_factor"] = 0.5
+    with pytest.raises(ConfigError, match="attn_factor=0.5: only 1"):
+        GgufFiles([write_gguf(tmp_path / "b.gguf", fields=fields)])

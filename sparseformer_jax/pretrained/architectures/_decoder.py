@@ -66,8 +66,8 @@ MLP_NORM = Entry(
     "blk.{}.ffn_norm.weight",
 )
 
-# What old files hold beside the weights: rotary tables, and a head equal to the embedding.
-UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+# What files hold beside the weights: rotary tables, which settings tell, too.
+UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rope_freqs\.weight")
 
 # Names here, in config.json, and kinds; all must be there.
 _SIZES = (
