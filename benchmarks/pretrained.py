@@ -139,7 +139,7 @@ def compare(sources: list[Path], folder: Path, text: Path) -> None:
     content = text.read_text()
     theirs: Any = AutoTokenizer.from_pretrained(folder, gguf_file=whole.name)
     expected = np.array(theirs(content, add_special_tokens=False)["input_ids"])
-    ids = make_tokenizer(config).encode(content)
+    ids = make_tokenizer(config.data).encode(content)
     same = sum(int(a == b) for a, b in zip(ids, expected, strict=False))
     print(f"\ntokens: {len(ids)} here, {len(expected)} there, {same} equal in their places")
 

@@ -12,7 +12,8 @@ from sparseformer_jax.training import loop
 from sparseformer_jax.training.state import ModelDef
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-METHODS = [path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("default", "quickstart")]
+OTHERS = ("default", "pretrained", "quickstart")
+METHODS = [path.stem for path in CONFIGS.glob("*.py") if path.stem not in OTHERS]
 
 
 def load(argument):

@@ -8,10 +8,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sparseformer_jax import config as config_lib
-from sparseformer_jax import mesh
+from sparseformer_jax import config_flags, mesh
+from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.pretrained.__main__ import main
 from sparseformer_jax.pretrained.importing import architecture_of, load_params, open_source
 from sparseformer_jax.training.checkpoint import Checkpoints
+from sparseformer_jax.training.init_from import first_state
+from sparseformer_jax.training.optimizer import make_optimizer
 from sparseformer_jax.training.restore import Stored
 from sparseformer_jax.training.state import ModelDef
 from tests.pretrained.files import LLAMA, gguf_tensors, llama_tensors, write_folder, write_gguf
@@ -273,3 +276,41 @@ def test_a_damaged_file_among_shards(tmp_path, capsys):
     line = mistake(capsys, "import", folder, f"--workdir={tmp_path / 'run'}")
     assert "model-1.safetensors: " in line
     assert "ends at byte" in line
+
+
+def pretrained_config(argument):
+    return config_flags.load(f"configs/pretrained.py:{argument}")
+
+
+def test_a_sparse_run_starts_from_it(imported):
+    _, workdir = imported
+    config = pretrained_config(f"s2:{workdir}")
+    config.attention.block_size = 8
+    config_lib.validate(config, num_devices=1)
+    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
+        model_def = ModelDef(config)
+        optimizer = make_optimizer(config.optimizer, 4, model_def.params)
+        state, notes = first_state(model_def, optimizer, jax.random.key(1))
+        params = jax.device_get(model_def.to_layers(state.params))
+    assert notes == [f"parameters start from step 0 of {workdir}"]
+    expected = stored(workdir)
+    assert params.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(params[name], array, err_msg=name)
+
+
+def test_its_own_attention_goes_on(tmp_path):
+    settings = LLAMA | {"model_type": "mistral", "sliding_window": 8}
+    run("import", write_folder(tmp_path / "in", settings), f"--workdir={tmp_path / 'run'}")
+    attention = pretrained_config(f"own:{tmp_path / 'run'}").attention
+    assert (attention.name, attention.span, attention.span_size) == ("masformer", "window", 8)
+    assert attention.num_full_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("s2", "must be METHOD:WORKDIR"), ("s3:run", "not one of own, combiner"), ("s2:absent", "absent: has")],
+)
+def test_bad_argument_of_the_config(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        pretrained_config(argument)
