@@ -105,11 +105,16 @@ def gguf_tensors(config: dict = LLAMA) -> dict[str, np.ndarray]:
     return found
 
 
-def write_gguf(path: Path, tensors: dict | None = None, fields: dict | None = None) -> Path:
-    """A GGUF file of a Llama; fields of None are left out."""
-    writer = gguf.GGUFWriter(path, "llama")
+def write_gguf(
+    path: Path,
+    tensors: dict | None = None,
+    fields: dict | None = None,
+    architecture: str = "llama",
+) -> Path:
+    """A GGUF file of a Llama; of another architecture its fields are to be given."""
+    writer = gguf.GGUFWriter(path, architecture)
     config = LLAMA
-    own = {
+    llama = {
         "llama.context_length": config["max_position_embeddings"],
         "llama.block_count": config["num_hidden_layers"],
         "llama.embedding_length": config["hidden_size"],
@@ -119,13 +124,16 @@ def write_gguf(path: Path, tensors: dict | None = None, fields: dict | None = No
         "llama.rope.dimension_count": config["head_dim"],
         "llama.rope.freq_base": config["rope_theta"],
         "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+    }
+    tokenizer = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": [*"abcdefghijklmn", "ab", "<s>", "</s>"],
         "tokenizer.ggml.token_type": [1] * 15 + [3, 3],
         "tokenizer.ggml.merges": ["a b"],
         "tokenizer.ggml.eos_token_id": 16,
-    } | (fields or {})
+    }
+    own = (llama if architecture == "llama" else {}) | tokenizer | (fields or {})
     for name, value in own.items():
         if isinstance(value, str):
             writer.add_string(name, value)

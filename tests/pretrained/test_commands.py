@@ -309,7 +309,11 @@ def test_its_own_attention_goes_on(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("s2", "must be METHOD:WORKDIR"), ("s3:run", "not one of own, combiner"), ("s2:absent", "absent: has")],
+    [
+        ("s2", "must be METHOD:WORKDIR"),
+        ("s3:run", "not one of own, combiner"),
+        ("s2:absent", "absent: has"),
+    ],
 )
 def test_bad_argument_of_the_config(argument, message):
     with pytest.raises(ConfigError, match=message):
