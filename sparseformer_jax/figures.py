@@ -72,7 +72,7 @@ def tidy(panel: Any) -> None:
 
 
 def line(panel: Any, series: Series, name: str, colour: str, **options: Any) -> None:
-    """Draws a metric over steps, if there is one of that name."""
+    """Draws a metric over steps; nothing if there is none of that name."""
     if name in series:
         panel.plot(*series[name], color=colour, linewidth=1.5, markersize=4, **options)
 
@@ -80,13 +80,22 @@ def line(panel: Any, series: Series, name: str, colour: str, **options: Any) -> 
 def text_axis(panel: Any, tokens: Sequence[str]) -> None:
     """Writes tokens below a panel, at 0, 1, 2 and so on; white space is made visible.
 
-    Where most are single characters, longer ones, as marks of documents, become "◆".
+    Where most are single characters, longer ones, as marks of documents, become "◆". What the
+    font lacks becomes "·".
     """
-    labels = ["".join(_VISIBLE.get(c, c if c.isprintable() else "·") for c in t) for t in tokens]
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont("monospace"))
+
+    def drawn(character: str) -> str:
+        character = _VISIBLE.get(character, character)
+        is_there = character.isprintable() and font.get_char_index(ord(character))
+        return character if is_there else "·"
+
+    labels = ["".join(map(drawn, token)) for token in tokens]
     is_text = np.median([len(label) for label in labels]) <= 1
     if is_text:
         labels = [label if len(label) <= 1 else "◆" for label in labels]
-    panel.set_xticks(
-        range(len(labels)), labels, fontsize=7, family="monospace", rotation=0 if is_text else 90
-    )
+    style = {"fontsize": 7, "family": "monospace", "parse_math": False}
+    panel.set_xticks(range(len(labels)), labels, rotation=0 if is_text else 90, **style)
     panel.tick_params(axis="x", length=0, pad=2)

@@ -111,13 +111,13 @@ def _sizes(shown: Shown, heads: list[_Head]) -> "Figure":
         label = f"layer {head.layer}, head {head.head}"
         now.plot(np.arange(1, len(shares) + 1), shares, linewidth=1, label=label, **style)
     now.axhline(even, color="0.4", linewidth=1, linestyle="--")
-    now.set(xlabel="clusters by size", title=f"first {len(shown.tokens)} tokens")
+    now.set(xlabel="clusters by size", title=f"first {len(shown.tokens)} tokens, a line a head")
     if is_paper:
         _untaken(panels[0, 2], shown.series)
     for panel in panels[0]:
         panel.set_ylim(bottom=0)
         panel.title.set_fontsize(9)
-        if len(panel.lines) <= 9:
+        if panel.lines and len(panel.lines) <= 9:
             panel.legend(fontsize=7, frameon=False)
     figure.suptitle(f"{shown.title}: sizes of clusters by nearest centroid", fontsize=10)
     return figure

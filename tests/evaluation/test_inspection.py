@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from sparseformer_jax import data, mesh, presets, registry
-from sparseformer_jax.evaluation import inspection
+from sparseformer_jax.evaluation import inspection, pictures
 from sparseformer_jax.evaluation.perplexity import Evaluator
+from sparseformer_jax.evaluation.sums import Losses
 from sparseformer_jax.training.state import ModelDef, TrainState
 
 
@@ -140,6 +141,8 @@ def test_routing_tells_which_clusters_hold_which_tokens(tmp_path, selection):
     ((method, layers),) = window.own.items()
     assert method is registry.method("attention", "routing").Method
     assert list(layers) == list(range(config.model.num_layers))
+    drawn = pictures.draw(Losses(*np.ones((3, 4))), window, {}, "run")
+    assert {"routing_clusters", "routing_cluster_sizes"} <= set(drawn)
     for layer in layers.values():
         assert layer.options.window_size == 5
         assert layer.arrays["head"].tolist() == [1, 3]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from sparseformer_jax import figures
 from sparseformer_jax.attention import routing
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.evaluation import pictures
@@ -96,7 +97,7 @@ def test_weights_are_shaded_by_those_of_the_query():
     (page,) = pictures.weight_figures(window(1, 1, ("a", "b")), "run")
     weights = {"a": np.array([[1 / 3]]), "b": np.array([[2 / 3]])}
     shades = {kind: np.sqrt(weight) for kind, weight in weights.items()}
-    colours = dict(zip("ab", pictures.figures.COLOURS, strict=False))
+    colours = dict(zip("ab", figures.COLOURS, strict=False))
     image = page.axes[0].images[0].get_array()
     np.testing.assert_allclose(image[0, 0], pictures.mixed(shades, colours)[0, 0])
     assert texts(page) == ["a: the largest", "b: the largest", "none"]
@@ -138,6 +139,20 @@ def routed(selection, **arrays):
     layer = ShownLayer(options, arrays | {"sizes": np.array([[1, 0, 3]])})
     series = {"train/largest_cluster": ([1, 2], [0.5, 0.7]), "train/untaken": ([1, 2], [0.4, 0.3])}
     return routing.Method.figures(Shown("run", ["a", " ", "\n", "<eos>"], {2: layer}, series))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels"),
+    [
+        (["a", "\t", "漢", "\x00", "<eos>", "$"], ["a", "→", "·", "·", "◆", "$"]),
+        (["$x^$", "on e", "漢字"], ["$x^$", "on␣e", "··"]),
+    ],
+)
+def test_tokens_are_labels_whatever_they_are(tokens, labels):
+    figure, panels = figures.new(1, height=1.0)
+    figures.text_axis(panels[0, 0], tokens)
+    assert [label.get_text() for label in panels[0, 0].get_xticklabels()] == labels
+    assert figures.pixels(figure).shape == (110, 880, 3)
 
 
 @pytest.mark.parametrize("selection", ["causal", "paper"])

@@ -88,9 +88,10 @@ def test_changed_text_is_refused(run, finished, tmp_path_factory):
 
 
 def test_sampling_is_reproducible_and_stays_in_the_window(run, finished):
-    text = generate(run, finished, "aaa bbb " * 10, num_tokens=5, seed=1)
-    assert text.startswith("aaa bbb " * 10)
-    assert text == generate(run, finished, "aaa bbb " * 10, num_tokens=5, seed=1)
+    prompts = ["aaa bbb " * 10]
+    (text,) = generate(run, finished, prompts, num_tokens=5, seed=1)
+    assert text.startswith(prompts[0])
+    assert [text] == generate(run, finished, prompts, num_tokens=5, seed=1)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(run, finished):
