@@ -89,7 +89,6 @@ def describe(config: ConfigDict) -> str:
         model_def = ModelDef(config)
         cost = costs(config, model_def)
         state_bytes, temporary_bytes = _memory(config, model_def)
-        cache = _cache(config, model_def)
     resolved = "\n".join(f"{key} = {value!r}" for key, value in config_lib.flatten(config).items())
     densities = "\n".join(f"  layer {i}: {d:.4f}" for i, d in enumerate(cost.densities))
     return (
@@ -101,7 +100,7 @@ def describe(config: ConfigDict) -> str:
         f"{units.count(3 * cost.forward_flops)} training\n"
         f"memory per device: {units.size(state_bytes)} state, {units.size(temporary_bytes)} "
         f"gradients and activations (compiled for {jax.default_backend()}, mesh {_mesh(sizes)})\n"
-        f"{cache}"
+        f"{_cache(config, model_def)}"
         f"attention density at {config.data.seq_len} tokens:\n{densities}"
     )
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
+from sparseformer_jax import mesh
 from sparseformer_jax.attention.inputs import Inputs, spec_of
+from sparseformer_jax.model.config import ModelConfig
 
 Cache = dict[str, jax.Array]
 
@@ -30,6 +32,19 @@ def fields(needs: Iterable[str], *, gathers_keys: bool) -> tuple[str, ...]:
     """
     of_keys = (*_KEYS, *sorted(set(needs) - _OF_QUERIES))
     return of_keys if gathers_keys else (*of_keys, "query", *sorted(_OF_QUERIES & set(needs)))
+
+
+def empty(names: Iterable[str], config: ModelConfig, tokens: tuple[int, int, int]) -> Cache:
+    """Returns arrays of R layers, B sequences and S tokens, [R, B, S, ..], over the mesh if any."""
+    of_heads = {"query", "unrotated_query"}
+
+    def zeros(name: str) -> jax.Array:
+        num_heads = config.num_heads if name in of_heads else config.num_kv_heads
+        entries = (config.embed_dim,) if name == "x" else (num_heads, config.head_dim)
+        return jnp.zeros((*tokens, *entries), config.dtypes[1])
+
+    cache = {name: zeros(name) for name in names}
+    return jax.tree.map(jax.reshard, cache, partition(cache)) if mesh.is_active() else cache
 
 
 def partition(names: Iterable[str]) -> dict[str, PartitionSpec]:

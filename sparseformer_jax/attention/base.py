@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from sparseformer_jax import mesh
-from sparseformer_jax.attention import _cache, _one_hot, _sharding
+from sparseformer_jax.attention import _cache, _one_hot, _reports, _sharding
 from sparseformer_jax.attention._cache import Cache
 from sparseformer_jax.attention.inputs import (
     ON_DEMAND,
@@ -179,19 +179,8 @@ class Attention(nnx.Module):
 
         A method that may forget tokens overrides it, with `_decode`. Layers share arrays.
         """
-        config, (_, dtype) = self.config, self.config.dtypes
-        tokens = (num_layers, batch_size, size)
-        shapes = {
-            "x": (*tokens, config.embed_dim),
-            "query": (*tokens, config.num_heads, config.head_dim),
-        }
-        shapes["unrotated_query"] = shapes["query"]
-        keys = (*tokens, config.num_kv_heads, config.head_dim)
         names = _cache.fields(self.needs, gathers_keys=self.gathers_keys)
-        empty = {name: jnp.zeros(shapes.get(name, keys), dtype) for name in names}
-        return (
-            jax.tree.map(jax.reshard, empty, _cache.partition(empty)) if mesh.is_active() else empty
-        )
+        return _cache.empty(names, self.config, (num_layers, batch_size, size))
 
     def decode(
         self,
@@ -329,8 +318,12 @@ class Attention(nnx.Module):
         weights, _ = inputs.weights
         return dataclasses.replace(
             attended,
-            losses={name: _weighed(name, x, weights) for name, x in attended.losses.items()},
-            statistics=jax.lax.stop_gradient(self._checked(attended.statistics)),
+            losses={
+                name: _reports.weighed(name, x, weights) for name, x in attended.losses.items()
+            },
+            statistics=jax.lax.stop_gradient(
+                _reports.checked(self.statistics_axes, attended.statistics)
+            ),
         )
 
     def _decode(
@@ -375,16 +368,6 @@ class Attention(nnx.Module):
             out_specs=lambda query_spec: (query_spec, cache_spec),
         )
 
-    def _checked(self, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        ranks = {name: len(axes) for name, axes in self.statistics_axes.items()}
-        if {name: x.ndim for name, x in statistics.items()} != ranks:
-            shapes = {name: x.shape for name, x in statistics.items()}
-            raise ValueError(
-                f"statistics of shapes {shapes} are not those of "
-                f"{type(self).__name__}.statistics_axes={dict(self.statistics_axes)}"
-            )
-        return statistics
-
     def _attend_sharded(self, inputs: Inputs, rng: jax.Array | None) -> AttentionOutput:
         """Runs `attend` on each device's queries and heads, and sums over devices."""
         sums_spec = {name: mesh.spec(*axes) for name, axes in self.statistics_axes.items()}
@@ -409,10 +392,3 @@ class Attention(nnx.Module):
             other_specs=(all_have,),
             out_specs=lambda query: AttentionOutput(query, all_have, all_have, sums_spec),
         )
-
-
-def _weighed(name: str, loss: jax.Array, weights: jax.Array) -> jax.Array:
-    """The sum of a loss over tokens."""
-    if loss.shape != weights.shape:
-        raise ValueError(f"loss {name!r} of shape {loss.shape}: give one a token, {weights.shape}")
-    return jnp.sum(weights * loss.astype(jnp.float32))
