@@ -41,7 +41,7 @@ class Recall:
     cell_size: int = 4
     gap: int = 16
     num_keys: int = 16
-    num_values: int = 16
+    num_values: int = 8
     num_noise: int = 64
     pair: bool = False
 
