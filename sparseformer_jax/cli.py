@@ -53,6 +53,23 @@ Draws a run: loss, evaluation, learning rate and speed over steps.
   python -m sparseformer_jax.evaluation.plots --workdir=/tmp/run --output=loss.png
 """
 
+_RETRIEVE_USAGE = """\
+Asks a trained model for what stands in a text, by the text's length and the depth it stands at.
+
+  python -m sparseformer_jax.evaluation.retrieval --workdir=/tmp/run --output=/tmp/retrieval
+  python -m sparseformer_jax.evaluation.retrieval --workdir=/tmp/run --output=/tmp/retrieval \\
+      --tasks=passkey,needle --lengths=192,256 --depths=9 --examples=2
+
+Tasks, those of RULER (arXiv 2404.06654):
+  passkey            a number in a text that repeats itself
+  needle             the number of a thing in a text of many sentences
+  multi_key          the same, among the numbers of other things
+  variable_tracking  all variables that a chain of assignments gives a value
+  common_words       the words of a list that occur most often
+
+Writes retrieval.json and a picture of each task into --output.
+"""
+
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Runs the training command; `argv` is sys.argv unless given.
@@ -116,6 +133,24 @@ def plot(argv: Sequence[str] | None = None) -> None:
     command.text(own, "workdir", "folder that training wrote")
     command.text(own, "output", "PNG file; default: loss.png there")
     command.run(_plot, own, _PLOT_USAGE, sys.argv if argv is None else argv)
+
+
+def retrieve(argv: Sequence[str] | None = None) -> None:
+    """Runs the command that evaluates retrieval; `argv` is sys.argv unless given.
+
+    A user's mistake ends the process with one line on stderr and exit code 2.
+    """
+    own = command.new_flags()
+    command.text(own, "workdir", "folder that training wrote")
+    command.text(own, "output", "folder of the results; made if missing")
+    command.text(own, "config", "config file; default: the config saved in the workdir")
+    command.number(own, "step", "checkpoint to load; default: the latest")
+    command.text(own, "tasks", "which, with commas between them; default: all")
+    command.text(own, "lengths", "prompt and answer, in tokens; default: data.seq_len")
+    flags.DEFINE_integer("depths", 5, "places in the text, evenly over it", flag_values=own)
+    flags.DEFINE_integer("examples", 4, "prompts of each length and depth", flag_values=own)
+    flags.DEFINE_integer("seed", 0, "of the prompts", 0, flag_values=own)
+    command.run(_retrieve, own, _RETRIEVE_USAGE, sys.argv if argv is None else argv)
 
 
 def _train(own: flags.FlagValues, argv: list[str]) -> None:
@@ -214,3 +249,28 @@ def _plot(own: flags.FlagValues, argv: list[str]) -> None:
     if output is not None:
         results.check_folder("--output", output)
     print(plots.draw(pathlib.Path(own.workdir), output))
+
+
+def _retrieve(own: flags.FlagValues, argv: list[str]) -> None:
+    command.require(own, argv, "workdir")
+    command.require(own, argv, "output")
+    config = config_flags.load(own.config) if own.config else command.saved(own.workdir)
+    command.override(config, own, argv)
+    command.start_jax(own)
+    command.validate(config)
+    from sparseformer_jax.evaluation import pictures, retrieval
+
+    settings = retrieval.Settings(
+        retrieval.parse_lengths(own.lengths) if own.lengths else [config.data.seq_len],
+        own.tasks.split(",") if own.tasks else retrieval.TASKS,
+        num_depths=own.depths,
+        num_examples=own.examples,
+        seed=own.seed,
+    )
+    output = pathlib.Path(own.output)
+    pictures.prepare(output, "--output")
+    found = retrieval.evaluate_checkpoint(
+        config, pathlib.Path(own.workdir), settings, step=own.step
+    )
+    print(retrieval.table(found))
+    print(retrieval.write(output, found), file=sys.stderr)

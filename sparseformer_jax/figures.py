@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,13 @@ def new(rows: int, columns: int = 1, *, height: float, **options: Any) -> tuple[
     for panel in panels.flat:
         tidy(panel)
     return figure, panels
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Writes a figure as PNG; whoever looks at the file meanwhile sees the one before."""
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png")
+    partial.replace(path)
 
 
 def pixels(figure: "Figure") -> UInt8[np.ndarray, "Y X 3"]:

@@ -25,18 +25,22 @@ _MAX_HEADS, _MAX_LAYERS = 8, 6  # of a page
 _MAX_BINS = 64
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, field: str = "--plots") -> None:
     """Makes the folder of the pictures, before the work of filling it is done.
+
+    Args:
+      folder: that a user named.
+      field: by which.
 
     Raises:
       ConfigError: matplotlib is missing, or the path is a file.
     """
     if not has_matplotlib():
         raise ConfigError(
-            f'--plots={folder}: needs matplotlib: pip install "sparseformer_jax[plots]"'
+            f'{field}={folder}: needs matplotlib: pip install "sparseformer_jax[plots]"'
         )
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--plots={folder}: is a file; name a folder")
+        raise ConfigError(f"{field}={folder}: is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -80,10 +84,7 @@ def save(folder: Path, drawn: Mapping[str, "Figure"]) -> list[Path]:
     """Writes the pictures and returns their paths; pages that an earlier call left there go."""
     paths = [folder / f"{name}.png" for name in drawn]
     for path, figure in zip(paths, drawn.values(), strict=True):
-        # Whoever looks at it meanwhile sees the one before.
-        partial = path.with_name(f".{path.name}")
-        figure.savefig(partial, format="png")
-        partial.replace(path)
+        figures.save(figure, path)
     groups = {"density", "weight_by_kind", *(re.sub(r"_\d+$", "", name) for name in drawn)}
     for path in set(folder.glob("*.png")) - set(paths):
         if re.sub(r"_\d+$", "", path.stem) in groups:

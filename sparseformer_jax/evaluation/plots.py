@@ -80,10 +80,7 @@ def draw(workdir: Path, output: Path | None = None) -> Path:
     if not has_matplotlib():
         raise ConfigError(_MISSING)
     path = workdir / PICTURE_FILE if output is None else output
-    # Whoever looks at it meanwhile sees the one before.
-    partial = path.with_name(f".{path.name}")
-    figure(read(workdir), workdir.absolute().name).savefig(partial, format="png")
-    partial.replace(path)
+    figures.save(figure(read(workdir), workdir.absolute().name), path)
     return path
 
 

@@ -33,6 +33,10 @@ class Sampler:
       choice: of tokens.
       seed: of the draws, below 2**32.
 
+    Attributes:
+      tokenizer: of the run.
+      step: of the checkpoint.
+
     Raises:
       ConfigError: the model is not causal, there is no such checkpoint, it does not fit the
         config, or the seed is out of its range.
@@ -56,9 +60,11 @@ class Sampler:
         devices = jax.devices()[:num_devices]
         with jax.set_mesh(mesh.make_mesh({"tensor": num_devices}, devices)):
             model_def = ModelDef(config)
+            state = restore_state(model_def, workdir, step)
+            self.step = int(state.step)
             self._decoder = Decoder(
                 model_def,
-                restore_state(model_def, workdir, step),
+                state,
                 size=config.data.seq_len,
                 choose=choice,
                 vocab_size=self.tokenizer.vocab_size,
