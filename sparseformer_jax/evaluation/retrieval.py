@@ -127,6 +127,10 @@ def evaluate(sampler: Sampler, settings: Settings, *, batch_size: int) -> list[d
     Raises:
       ConfigError: a length is too small for its task, or the tokenizer loses the answers.
     """
+    # `disable=None`: only on a terminal.
+    show = {"unit": "prompt", "disable": None, "leave": False}
+    pairs = list(itertools.product(settings.tasks, settings.lengths))
+    # All are written first: a length that does not do is told at once.
     asked = [
         make_questions(
             task,
@@ -136,12 +140,10 @@ def evaluate(sampler: Sampler, settings: Settings, *, batch_size: int) -> list[d
             seed=settings.seed,
             sampler=sampler,
         )
-        for task, length in itertools.product(settings.tasks, settings.lengths)
+        for task, length in tqdm(pairs, "writing prompts", **show | {"unit": "task"})
     ]
     records = []
-    # `disable=None`: only on a terminal.
-    total = sum(len(questions.items) for questions in asked)
-    with tqdm(total=total, unit="prompt", disable=None, leave=False) as bar:
+    with tqdm(total=sum(len(questions.items) for questions in asked), **show) as bar:
         for questions in asked:
             bar.set_description(f"{questions.task}, {questions.length} tokens")
             records.append(_record(questions, _scores(sampler, questions, batch_size, bar)))

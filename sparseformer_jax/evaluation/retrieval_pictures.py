@@ -36,19 +36,26 @@ def heat_map(records: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     lengths = [record["length"] for record in records]
     depths = [place["depth"] for place in records[0]["by_depth"]]
     accuracy = np.array([[place["accuracy"] for place in x["by_depth"]] for x in records]).T
-    figure, panels = figures.new(1, height=1.6 + 0.34 * min(max(len(depths), 4), _MAX_CELLS))
+    figure, panels = figures.new(1, height=1.2 + 0.4 * min(max(len(depths), 3), _MAX_CELLS))
     panel = panels[0, 0]
-    image = panel.imshow(accuracy, cmap=_shades(), vmin=0, vmax=1, aspect="auto")
-    panel.set_xticks(*_ticks([str(length) for length in lengths]))
-    panel.set_yticks(*_ticks([f"{depth:.0%}" for depth in depths]))
-    panel.set(xlabel="length (tokens)", ylabel="depth in the text", title=title)
+    is_coarse = max(accuracy.shape) <= _MAX_CELLS
     panel.grid(visible=False)
+    image = panel.pcolormesh(
+        accuracy, cmap=_shades(), vmin=0, vmax=1, edgecolors="white", linewidth=float(is_coarse)
+    )
+    panel.invert_yaxis()
+    places, labels = _ticks([str(length) for length in lengths])
+    panel.set_xticks(np.add(places, 0.5), labels)
+    places, labels = _ticks([f"{depth:.0%}" for depth in depths])
+    panel.set_yticks(np.add(places, 0.5), labels)
+    panel.set(xlabel="length (tokens)", ylabel="depth in the text", title=title)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
-    if max(accuracy.shape) <= _MAX_CELLS:
+    if is_coarse:
         for (row, column), value in np.ndenumerate(accuracy):
             colour = "white" if value > 0.5 else "black"
-            panel.text(column, row, f"{value:.2f}", color=colour, ha="center", va="center")
+            text = {"color": colour, "ha": "center", "va": "center", "fontsize": 9}
+            panel.text(column + 0.5, row + 0.5, f"{value:.2f}", **text)
     figure.colorbar(image, label="accuracy", pad=0.02)
     return figure
 
@@ -64,17 +71,17 @@ def line(records: Sequence[Mapping[str, Any]], title: str) -> "Figure":
     panel = panels[0, 0]
     accuracy = [record["accuracy"] for record in records]
     panel.plot(range(len(records)), accuracy, color=figures.DARK, marker="o", clip_on=False)
+    panel.margins(x=0.06)
     panel.set_xticks(*_ticks([str(record["length"]) for record in records]))
     panel.set(xlabel="length (tokens)", ylabel="accuracy", title=title, ylim=(0, 1))
-    panel.margins(x=0.08)
     return figure
 
 
 def _shades() -> Any:
-    """From nothing right, white, to all right, dark."""
+    """From nothing right, nearly white, to all right, dark."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list("accuracy", ["white", figures.PALE, figures.DARK])
+    return LinearSegmentedColormap.from_list("accuracy", ["0.94", figures.PALE, figures.DARK])
 
 
 def _ticks(labels: Sequence[str]) -> tuple[list[int], list[str]]:

@@ -283,7 +283,7 @@ def _fitted(example: Example, num_tokens: int, encode: Callable[[str], list[int]
     limit = 1
     while count(limit) < num_tokens and limit < _MAX_CHARACTERS * num_tokens:
         limit *= 2
-    middle = bisect.bisect_left(range(limit), num_tokens, key=count)
+    middle = bisect.bisect_left(range(limit), num_tokens, lo=limit // 2, key=count)
     # A character more is a token more, none, or now and then, where tokens join, one less.
     nearby = range(max(0, middle - _MAX_CHARACTERS), middle + _MAX_CHARACTERS)
     for size in sorted(nearby, key=lambda size: abs(size - middle)):

@@ -66,6 +66,6 @@ KEYS = (
     *("plum", "quartz", "rice", "ruby", "salt", "sand", "silk", "silver", "slate", "sugar"),
 )
 
-# Names of variables, which no text contains by chance, and words of none's knowledge.
+# Names of variables, which no text contains by chance, and words that are none.
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
