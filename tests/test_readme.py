@@ -17,6 +17,7 @@ COMMANDS = {
     "python eval.py": "evaluate",
     "python -m sparseformer_jax.generate": "sample",
     "python -m sparseformer_jax.evaluation.plots": "plot",
+    "python -m sparseformer_jax.evaluation.retrieval": "retrieve",
 }
 # After the flags of a command: the same, but small.
 SHORT = (
@@ -77,7 +78,7 @@ def shortened(shown: list[tuple[str, list[str]]], folder: Path) -> list[tuple[st
     for command, flags in shown:
         number = trainings if command == "train" else 0
         flags = [re.sub(r"--workdir=\S+", f"--workdir={folder}/run{number}", f) for f in flags]
-        flags = [re.sub(r"=/tmp/(\w+\.json)$", rf"={folder}/\1", f) for f in flags]
+        flags = [re.sub(r"=/tmp/(\w+\.json|retrieval)$", rf"={folder}/\1", f) for f in flags]
         flags = [
             re.sub(r"/data/|(?<==|,)(?=book\.txt|notes\.txt|tokenizer)", f"{folder}/", f)
             for f in flags
@@ -93,6 +94,8 @@ def shortened(shown: list[tuple[str, list[str]]], folder: Path) -> list[tuple[st
             flags += SHORT
         if command == "sample":
             flags.append("--num_tokens=4")
+        if command == "retrieve":
+            flags += ["--depths=1", "--examples=1"]
         short.append((command, flags))
     return short
 

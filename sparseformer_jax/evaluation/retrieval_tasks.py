@@ -171,17 +171,18 @@ SPREAD: dict[str, Callable[[random.Random], Example]] = {
 TASKS = (*AT_DEPTH, *SPREAD)
 
 
-def example(task: str, length: int, depth: float | None, number: int, seed: int) -> Example:
+def example(task: str, depth: float | None, number: int, seed: int) -> Example:
     """Returns an example, another one for every argument.
+
+    It is asked at every length, so that what differs between lengths is not the question.
 
     Args:
       task: one of `TASKS`.
-      length: of the prompt that it is for, with the answer, in tokens.
       depth: 0 to 1, of what is asked for; None for a task that spreads it.
       number: of the example.
       seed: of all examples.
     """
-    rng = random.Random(f"{seed} {task} {length} {depth} {number}")
+    rng = random.Random(f"{seed} {task} {depth} {number}")
     return SPREAD[task](rng) if depth is None else AT_DEPTH[task](rng, depth)
 
 
@@ -241,7 +242,7 @@ def make_questions(
     """
     places = depths if task in AT_DEPTH else [None]
     drawn = [
-        (depth, example(task, length, depth, number, seed))
+        (depth, example(task, depth, number, seed))
         for depth, number in itertools.product(places, range(num_examples))
     ]
     answers = [sampler.tokenizer.encode(x.answer()) for _, x in drawn]

@@ -6,12 +6,12 @@ every sentence, ends with the space before the next.
 
 PASSKEY_HEAD = "A pass key is hidden in this text. Remember it.\n"
 PASSKEY = "The pass key is {value}. Remember it. {value} is the pass key. "
-PASSKEY_TAIL = "\nWhat is the pass key? It is"
+PASSKEY_TAIL = "\nWhat is the pass key? The pass key is"
 
 NEEDLE_HEAD = "A number is hidden in this text. Remember it.\n"
-MULTI_KEY_HEAD = "Numbers are hidden in this text. Remember them.\n"
+MULTI_KEY_HEAD = "Remember the numbers in this text.\n"
 NEEDLE = "The number of {key} is {value}. "
-NEEDLE_TAIL = "\nWhat is the number of {key}? It is"
+NEEDLE_TAIL = "\nWhat is the number of {key}? The number of {key} is"
 
 VARIABLES_HEAD = "Variables are assigned in this text. Follow them.\n"
 ASSIGNMENT = "VAR {name} = {value}. "
