@@ -147,8 +147,8 @@ def retrieve(argv: Sequence[str] | None = None) -> None:
     command.number(own, "step", "checkpoint to load; default: the latest")
     command.text(own, "tasks", "which, with commas between them; default: all")
     command.text(own, "lengths", "prompt and answer, in tokens; default: data.seq_len")
-    flags.DEFINE_integer("depths", 5, "places in the text, evenly over it", flag_values=own)
-    flags.DEFINE_integer("examples", 4, "prompts of each length and depth", flag_values=own)
+    flags.DEFINE_integer("depths", 5, "places in the text, from start to end; default: 5", flag_values=own)
+    flags.DEFINE_integer("examples", 4, "prompts of each length and depth; default: 4", flag_values=own)
     flags.DEFINE_integer("seed", 0, "of the prompts", 0, flag_values=own)
     command.run(_retrieve, own, _RETRIEVE_USAGE, sys.argv if argv is None else argv)
 
@@ -258,19 +258,18 @@ def _retrieve(own: flags.FlagValues, argv: list[str]) -> None:
     command.override(config, own, argv)
     command.start_jax(own)
     command.validate(config)
-    from sparseformer_jax.evaluation import pictures, retrieval
+    from sparseformer_jax.evaluation import pictures
+    from sparseformer_jax.evaluation.retrieval import accuracy, tasks
 
-    settings = retrieval.Settings(
-        retrieval.parse_lengths(own.lengths) if own.lengths else [config.data.seq_len],
-        own.tasks.split(",") if own.tasks else retrieval.TASKS,
+    settings = accuracy.Settings(
+        accuracy.parse_lengths(own.lengths) if own.lengths else [config.data.seq_len],
+        own.tasks.split(",") if own.tasks else tasks.TASKS,
         num_depths=own.depths,
         num_examples=own.examples,
         seed=own.seed,
     )
     output = pathlib.Path(own.output)
     pictures.prepare(output, "--output")
-    found = retrieval.evaluate_checkpoint(
-        config, pathlib.Path(own.workdir), settings, step=own.step
-    )
-    print(retrieval.table(found))
-    print(retrieval.write(output, found), file=sys.stderr)
+    found = accuracy.evaluate_checkpoint(config, pathlib.Path(own.workdir), settings, step=own.step)
+    print(accuracy.table(found))
+    print(accuracy.write(output, found), file=sys.stderr)

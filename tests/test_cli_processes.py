@@ -145,7 +145,10 @@ def test_every_mistake_in_a_process_of_its_own(folder):
 
 @pytest.mark.parametrize(
     "script",
-    ["train.py", "eval.py", "-m sparseformer_jax.generate", "-m sparseformer_jax.evaluation.plots"],
+    [
+        *("train.py", "eval.py", "-m sparseformer_jax.generate"),
+        *("-m sparseformer_jax.evaluation.plots", "-m sparseformer_jax.evaluation.retrieval"),
+    ],
 )
 def test_help_and_mistyped_flags_are_answered_without_jax(script, folder):
     """Whoever imports jax, flax or numpy pays with seconds."""

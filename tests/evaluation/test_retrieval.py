@@ -10,8 +10,8 @@ from sparseformer_jax import cli, command, default_config
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.config import to_json
 from sparseformer_jax.data.tokenizer import ByteTokenizer
-from sparseformer_jax.evaluation import retrieval, retrieval_pictures
-from sparseformer_jax.evaluation.retrieval_tasks import TASKS
+from sparseformer_jax.evaluation.retrieval import accuracy, pictures
+from sparseformer_jax.evaluation.retrieval.tasks import TASKS
 from sparseformer_jax.generation.choice import Choice
 from sparseformer_jax.generation.sampling import Sampler
 
@@ -59,21 +59,21 @@ class Mute(Copier):
 
 
 def evaluate(sampler, **settings):
-    settings = retrieval.Settings(**{"lengths": [256, 400], "num_examples": 2} | settings)
-    return retrieval.evaluate(sampler(None, None), settings, batch_size=8)
+    settings = accuracy.Settings(**{"lengths": [256, 400], "num_examples": 2} | settings)
+    return accuracy.evaluate(sampler(None, None), settings, batch_size=8)
 
 
-@pytest.mark.parametrize(("sampler", "accuracy"), [(Copier, 1.0), (Mute, 0.0)])
-def test_who_copies_the_answer_has_all_right_and_who_does_not_nothing(sampler, accuracy):
+@pytest.mark.parametrize(("sampler", "expected"), [(Copier, 1.0), (Mute, 0.0)])
+def test_who_copies_the_answer_has_all_right_and_who_does_not_nothing(sampler, expected):
     records = evaluate(sampler)
     assert [(x["task"], x["length"]) for x in records] == [
         (t, n) for t in TASKS for n in (256, 400)
     ]
     for record in records:
-        assert record["accuracy"] == accuracy
+        assert record["accuracy"] == expected
         assert ("by_depth" in record) == (record["task"] in {"passkey", "needle", "multi_key"})
         for place in record.get("by_depth", []):
-            assert place["accuracy"] == accuracy
+            assert place["accuracy"] == expected
 
 
 def test_who_sees_only_the_end_misses_what_stands_before():
@@ -85,23 +85,23 @@ def test_who_sees_only_the_end_misses_what_stands_before():
 
 def test_prompts_go_in_batches_of_one_size():
     copier = Copier(None, None)
-    settings = retrieval.Settings([256], ["needle"], num_depths=5, num_examples=2)
-    retrieval.evaluate(copier, settings, batch_size=4)
+    settings = accuracy.Settings([256], ["needle"], num_depths=5, num_examples=2)
+    accuracy.evaluate(copier, settings, batch_size=4)
     assert copier.batches == [(4, 17)] * 3
     copier.batches.clear()
-    retrieval.evaluate(copier, settings, batch_size=64)
+    accuracy.evaluate(copier, settings, batch_size=64)
     assert copier.batches == [(10, 17)]
 
 
 def test_depths_go_from_the_start_to_the_end():
-    assert retrieval.Settings([256], num_depths=5).depths == [0, 0.25, 0.5, 0.75, 1]
-    assert retrieval.Settings([256], num_depths=1).depths == [0.5]
+    assert accuracy.Settings([256], num_depths=5).depths == [0, 0.25, 0.5, 0.75, 1]
+    assert accuracy.Settings([256], num_depths=1).depths == [0.5]
 
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch) -> Path:
     """A run whose model copies."""
-    monkeypatch.setattr(retrieval, "Sampler", Copier)
+    monkeypatch.setattr(accuracy, "Sampler", Copier)
     monkeypatch.setattr(command, "start_jax", lambda own: None)
     config = default_config.get_config()
     config.data.seq_len = 512
@@ -160,7 +160,7 @@ def test_pictures_hold_their_numbers():
         depths = zip((0.0, 0.5, 1.0), values, strict=True)
         return {"by_depth": [{"depth": depth, "accuracy": value} for depth, value in depths]}
 
-    drawn = retrieval_pictures.draw(
+    drawn = pictures.draw(
         {
             "attention": "s2",
             "step": 9,
@@ -192,7 +192,7 @@ def test_pictures_hold_their_numbers():
 def test_many_cells_have_no_numbers_and_few_labels():
     places = [{"depth": n / 29, "accuracy": 1.0} for n in range(30)]
     records = [{"length": n, "by_depth": places} for n in range(256, 1000, 16)]
-    panel, _ = retrieval_pictures.heat_map(records, "").axes
+    panel, _ = pictures.heat_map(records, "").axes
     assert not panel.texts
     assert max(len(panel.get_xticks()), len(panel.get_yticks())) <= 12
 
@@ -234,4 +234,4 @@ def test_a_folder_that_cannot_be_is_told_before_the_work(workdir, capsys):
 
 def test_settings_of_a_program_are_checked_alike():
     with pytest.raises(ConfigError, match="--lengths=-5: must be at least 1"):
-        retrieval.Settings([-5])
+        accuracy.Settings([-5])

@@ -9,8 +9,7 @@ import tokenizers
 
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
-from sparseformer_jax.evaluation import retrieval_tasks as tasks
-from sparseformer_jax.evaluation import retrieval_templates as templates
+from sparseformer_jax.evaluation.retrieval import tasks, templates
 from sparseformer_jax.generation.sampling import Sampler
 
 PIECE = re.compile(

@@ -14,7 +14,7 @@ _MAX_CELLS = 12  # of a row or column, with a number in each
 
 
 def draw(found: Mapping[str, Any]) -> dict[str, "Figure"]:
-    """Returns a picture of each task of what `retrieval.evaluate_checkpoint` found, by name."""
+    """Returns a picture of each task of what `accuracy.evaluate_checkpoint` found, by name."""
     by_task: dict[str, list[Mapping[str, Any]]] = {}
     for record in sorted(found["accuracy"], key=lambda record: record["length"]):
         by_task.setdefault(record["task"], []).append(record)

@@ -1,10 +1,7 @@
-"""Retrieval: what a checkpoint finds in a text, by the text's length and by the depth it stands at.
+"""Accuracy of a checkpoint by task, length and depth.
 
-    python -m sparseformer_jax.evaluation.retrieval --workdir=/tmp/run --tasks=passkey,needle \\
-        --lengths=256,512 --output=/tmp/retrieval
-
-`retrieval_tasks.py` has the tasks. Answers are greedy continuations, and an answer's score is the
-fraction of what was asked for that it contains (RULER, Hsieh et al. 2024, arXiv 2404.06654).
+Answers are greedy continuations, and an answer's score is the fraction of what was asked for that
+it contains (RULER, Hsieh et al. 2024, arXiv 2404.06654).
 """
 
 import dataclasses
@@ -19,8 +16,9 @@ from tqdm import tqdm
 
 from sparseformer_jax import figures
 from sparseformer_jax.checks import ConfigError, check_choice
-from sparseformer_jax.evaluation import results, retrieval_pictures
-from sparseformer_jax.evaluation.retrieval_tasks import TASKS, Questions, make_questions, score
+from sparseformer_jax.evaluation import results
+from sparseformer_jax.evaluation.retrieval import pictures
+from sparseformer_jax.evaluation.retrieval.tasks import TASKS, Questions, make_questions, score
 from sparseformer_jax.generation.choice import Choice
 from sparseformer_jax.generation.sampling import Sampler
 
@@ -35,7 +33,7 @@ class Settings:
 
     Attributes:
       lengths: of prompt and answer together, in tokens.
-      tasks: names, of `retrieval_tasks.TASKS`.
+      tasks: names, of `tasks.TASKS`.
       num_depths: how many places of a haystack, evenly from its start to its end; 1: its middle.
       num_examples: at each depth, or of each length where a task has no depths.
       seed: of the examples.
@@ -205,7 +203,7 @@ def write(folder: Path, found: Mapping[str, Any]) -> str:
 
     Pictures of tasks that an earlier call left in the folder go.
     """
-    drawn = retrieval_pictures.draw(found)
+    drawn = pictures.draw(found)
     for task in TASKS:
         path = folder / f"{task}.png"
         if task in drawn:
@@ -213,9 +211,3 @@ def write(folder: Path, found: Mapping[str, Any]) -> str:
         else:
             path.unlink(missing_ok=True)
     return f"{results.write(folder / RESULTS_FILE, found)}, with a picture of each task"
-
-
-if __name__ == "__main__":
-    from sparseformer_jax import cli
-
-    cli.retrieve()

@@ -20,7 +20,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 from sparseformer_jax.checks import ConfigError
-from sparseformer_jax.evaluation import retrieval_templates as templates
+from sparseformer_jax.evaluation.retrieval import templates
 from sparseformer_jax.generation.sampling import Sampler
 
 _NUM_DISTRACTORS = 3
