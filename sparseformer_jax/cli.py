@@ -147,8 +147,12 @@ def retrieve(argv: Sequence[str] | None = None) -> None:
     command.number(own, "step", "checkpoint to load; default: the latest")
     command.text(own, "tasks", "which, with commas between them; default: all")
     command.text(own, "lengths", "prompt and answer, in tokens; default: data.seq_len")
-    flags.DEFINE_integer("depths", 5, "places in the text, from start to end; default: 5", flag_values=own)
-    flags.DEFINE_integer("examples", 4, "prompts of each length and depth; default: 4", flag_values=own)
+    flags.DEFINE_integer(
+        "depths", 5, "places in the text, from start to end; default: 5", flag_values=own
+    )
+    flags.DEFINE_integer(
+        "examples", 4, "prompts of each length and depth; default: 4", flag_values=own
+    )
     flags.DEFINE_integer("seed", 0, "of the prompts", 0, flag_values=own)
     command.run(_retrieve, own, _RETRIEVE_USAGE, sys.argv if argv is None else argv)
 
