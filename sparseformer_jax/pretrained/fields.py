@@ -19,9 +19,14 @@ class Fields:
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.where = where
         self._values = {name: value for name, value in values.items() if value is not None}
+        self._nulls = values.keys() - self._values.keys()
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
+
+    def is_null(self, name: str) -> bool:
+        """Returns whether a setting is there as null, where absence means something else."""
+        return name in self._nulls
 
     def get(self, name: str, kind: Any, default: Any = _REQUIRED) -> Any:
         """Returns a setting of a kind: a type, or what else `checks.convert` understands.

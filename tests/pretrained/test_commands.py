@@ -8,10 +8,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sparseformer_jax import config as config_lib
-from sparseformer_jax import config_flags, mesh
+from sparseformer_jax import config_flags, default_config, mesh
 from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.pretrained import architectures
 from sparseformer_jax.pretrained.__main__ import main
+from sparseformer_jax.pretrained.fields import Fields
 from sparseformer_jax.pretrained.importing import architecture_of, load_params, open_source
+from sparseformer_jax.pretrained.layer_windows import read_windows
 from sparseformer_jax.training.checkpoint import Checkpoints
 from sparseformer_jax.training.init_from import first_state
 from sparseformer_jax.training.optimizer import make_optimizer
@@ -154,6 +157,31 @@ BAD_MODELS = {
     "negative": ({"num_hidden_layers": -1}, None, "model.num_layers=-1: must be"),
     "no_heads": ({"num_attention_heads": 0}, None, "model.num_heads=0: must be"),
     "activation": ({"hidden_act": "relu"}, None, "hidden_act='relu': only 'silu' is supported"),
+    "window": (
+        {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
+        None,
+        "layer_types=['full_attention']: must be 2 times full_attention or sliding_attention",
+    ),
+    "turns": (
+        {
+            "model_type": "gpt_neo",
+            "num_layers": 2,
+            "num_heads": 2,
+            "attention_types": [["global", 2]],
+        },
+        None,
+        "attention_types=[['global', 2]]: must hold pairs",
+    ),
+    "default_turns": (
+        {"model_type": "gpt_neo", "num_layers": 2, "num_heads": 2},
+        None,
+        "attention_types=None: must hold pairs",
+    ),
+    "gemma_activation": (
+        {"model_type": "gemma3_text", "hidden_activation": "gelu"},
+        None,
+        "hidden_activation='gelu': only 'gelu_pytorch_tanh' is supported",
+    ),
     "rope": ({"rope_scaling": {"rope_type": "dynamic"}}, None, "rope_type='dynamic': only"),
     "rope_type": ({"rope_scaling": [1]}, None, "rope_scaling=[1]: must be dict"),
     "missing": ({}, without(Q_PROJ), f"missing: {Q_PROJ}"),
@@ -297,6 +325,17 @@ def test_a_sparse_run_starts_from_it(imported):
     assert params.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(params[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(8, 8), (None, None), ("absent", 4096)])
+def test_a_window_that_is_null_or_absent(window, expected):
+    settings = {"model_type": "mistral", "sliding_window": window}
+    if window == "absent":
+        del settings["sliding_window"]
+    config = default_config.get_config()
+    (mistral,) = (a for a in architectures.known() if a.model_type == "mistral")
+    mistral.read(Fields(LLAMA | settings, "config.json"), config)
+    assert read_windows(config)[0] == expected
 
 
 def test_its_own_attention_goes_on(tmp_path):

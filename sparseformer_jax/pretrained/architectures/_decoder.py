@@ -143,6 +143,12 @@ def require_plain(config: ConfigDict, **other: Any) -> None:
             raise ValueError(f"model.{key}={model[key]!r}, not {value!r}")
 
 
+def read_window(fields: Fields) -> int | None:
+    """Returns `sliding_window`, which is 4096 where it is absent and none where it is null."""
+    name = "sliding_window"
+    return None if fields.is_null(name) else fields.get(name, int, 4096)
+
+
 def read_rope(fields: Fields, model: ConfigDict, theta: float = 10000.0) -> None:
     """Sets rotary positions by `rope_parameters`, or as older files have it in several fields."""
     rope = fields.section("rope_parameters")

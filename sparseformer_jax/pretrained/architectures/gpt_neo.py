@@ -68,7 +68,7 @@ def _read(fields: Fields, config: ConfigDict) -> None:
 
 def _full_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
     """Reads `attention_types`, [[["global", "local"], 12]]: kinds in turns, and how often."""
-    groups = fields.get("attention_types", list, [[["global"], num_layers]])
+    groups = fields.get("attention_types", list, [[["global", "local"], 12]])
     kinds: list[str] = []
     for group in groups:
         match group:

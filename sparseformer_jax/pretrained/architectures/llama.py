@@ -46,7 +46,7 @@ def _read_mistral(fields: Fields, config: ConfigDict) -> None:
     fields.require("hidden_act", "silu")
     _decoder.read_sizes(fields, config.model)
     _decoder.read_rope(fields, config.model)
-    config.attention = attention_section(fields.get("sliding_window", int, None), ())
+    config.attention = attention_section(_decoder.read_window(fields), ())
 
 
 def _write_mistral(config: ConfigDict) -> dict[str, Any]:

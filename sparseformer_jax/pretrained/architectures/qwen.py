@@ -24,7 +24,7 @@ def _read_shared(fields: Fields, config: ConfigDict) -> None:
     _decoder.read_rope(fields, config.model)
     num_layers = config.model.num_layers
     uses_window = fields.get("use_sliding_window", bool, False)
-    window = fields.get("sliding_window", int, None) if uses_window else None
+    window = _decoder.read_window(fields) if uses_window else None
     first = num_layers if window is None else fields.get("max_window_layers", int, 28)
     full = layers_by_type(fields, num_layers, range(min(first, num_layers)))
     if window is None and len(full) < num_layers:
