@@ -1,11 +1,15 @@
 """Every architecture against transformers: in, out, and in again."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
 from sparseformer_jax import config as config_lib
 from sparseformer_jax import mesh
+from sparseformer_jax.generation.choice import Choice
+from sparseformer_jax.generation.sampling import Sampler
 from sparseformer_jax.pretrained import architectures
 from sparseformer_jax.pretrained.exporting import export_model
 from sparseformer_jax.pretrained.importing import import_model
@@ -86,6 +90,9 @@ MODELS = {
     ),
 }
 
+# Of each kind of cache one.
+GREEDY = ("llama_yarn", "mistral", "qwen2_windows", "qwen3", "gemma3", "gpt_neo")
+
 
 def make(name):
     """A random model whose biases and norms are no zeros and ones."""
@@ -125,6 +132,21 @@ def logits_here(workdir, tokens):
         return np.asarray(jax.jit(lambda t: model(t).logits)(tokens))
 
 
+def greedy_there(model, tokens, number):
+    """The likeliest token again and again, by a full pass each time."""
+    tokens = tokens.tolist()
+    for _ in range(number):
+        tokens.append(int(logits_there(model, [tokens])[0, -1].argmax()))
+    return tokens[-number:]
+
+
+def greedy_here(workdir, tokens, number):
+    config = config_lib.from_json((workdir / "config.json").read_text())
+    sampler = Sampler(config, workdir, choice=Choice(temperature=0.0))
+    chosen = itertools.islice(sampler.tokens([tokens.tolist()]), number)
+    return [token for (token,) in chosen]
+
+
 def assert_weights_equal(one, other):
     """Bit by bit, whatever the order; both of transformers."""
     one, other = one.state_dict(), other.state_dict()
@@ -145,6 +167,8 @@ def test_logits_and_weights_in_and_out(name, tmp_path):
     # float32 throughout, in another order: 1e-4 of logits that are of the order of 1.
     scale = max(1.0, np.abs(expected).max())
     np.testing.assert_allclose(logits_here(workdir, tokens), expected, atol=1e-4 * scale)
+    if name in GREEDY:  # beyond every window
+        assert greedy_here(workdir, tokens[0, :9], 20) == greedy_there(model, tokens[0, :9], 20)
 
     config = config_lib.from_json((workdir / "config.json").read_text())
     export_model(config, workdir, folder)
