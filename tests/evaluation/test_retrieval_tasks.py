@@ -71,6 +71,18 @@ def test_a_prompt_and_its_answer_have_exactly_the_length(readers, name, task):
             assert len(reader.tokenizer.encode(answer)) < made.answer_tokens
 
 
+def test_a_length_is_found_where_a_character_adds_two_tokens_or_takes_some():
+    """Twenty characters are 14 tokens: one each to 9, then 11 to 15, then 9 to 13."""
+
+    def encode(prompt):
+        whole, part = divmod(len(prompt), 20)
+        return [0] * (14 * whole + part + (0 if part < 10 else 1 if part < 15 else -6))
+
+    example = tasks.example("passkey", 0.5, 0, 0)
+    for num_tokens in range(200, 214):
+        assert len(encode(tasks._fitted(example, num_tokens, encode))) == num_tokens
+
+
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_questions_follow_the_seed_and_nothing_else(readers, task):
     first = questions(readers["bytes"], task, 300)

@@ -31,6 +31,8 @@ _NUM_COMMON, _COMMON_TIMES = 3, 4
 _SPARE_TOKENS = 8
 # More characters than a token has on average in any text of ours.
 _MAX_CHARACTERS = 64
+# A haystack grows by proportion until no more tokens than that are missing, then step by step.
+_NEAR, _GUESSES = 6, 24
 
 
 class Haystack:
@@ -263,11 +265,8 @@ def make_questions(
 
 def _check_answers(task: str, prompt: str, answers: Sequence[str], sampler: Sampler) -> None:
     """Refuses a tokenizer that does not know the characters of an answer."""
-    missing = [
-        answer
-        for answer in answers
-        if not score(sampler.tokenizer.decode(sampler.encode(prompt)), [answer])
-    ]
+    text = sampler.tokenizer.decode(sampler.encode(prompt))
+    missing = [answer for answer in answers if not score(text, [answer])]
     if missing:
         raise ConfigError(
             f"data.tokenizer: cannot write {missing[0]!r}, an answer of {task}; take one that "
@@ -278,18 +277,23 @@ def _check_answers(task: str, prompt: str, answers: Sequence[str], sampler: Samp
 def _fitted(example: Example, num_tokens: int, encode: Callable[[str], list[int]]) -> str:
     """The prompt of exactly so many tokens."""
 
-    def count(size: int) -> int:
-        return len(encode(example.prompt(size)))
+    def missing(size: int) -> int:
+        return num_tokens - len(encode(example.prompt(size)))
 
-    limit = 1
-    while count(limit) < num_tokens and limit < _MAX_CHARACTERS * num_tokens:
-        limit *= 2
-    middle = bisect.bisect_left(range(limit), num_tokens, lo=limit // 2, key=count)
-    # A character more is a token more, none, or now and then, where tokens join, one less.
-    nearby = range(max(0, middle - _MAX_CHARACTERS), middle + _MAX_CHARACTERS)
-    for size in sorted(nearby, key=lambda size: abs(size - middle)):
-        if count(size) == num_tokens:
+    wanted, size = missing(0), 0
+    for _ in range(_GUESSES):
+        left = missing(size)
+        if not left:
             return example.prompt(size)
+        if size and abs(left) > _NEAR:
+            size = min(round(size * wanted / max(1, wanted - left)), _MAX_CHARACTERS * wanted)
+        else:  # most characters more are a token more, or none
+            size = max(0, size + left)
+    # Steps go to and fro where a character makes two tokens more.
+    nearby = range(max(0, size - _MAX_CHARACTERS), size + _MAX_CHARACTERS)
+    for place in sorted(nearby, key=lambda place: abs(place - size)):
+        if not missing(place):
+            return example.prompt(place)
     raise ConfigError(
         f"data.tokenizer: makes no text of exactly {num_tokens} tokens; take other --lengths"
     )
