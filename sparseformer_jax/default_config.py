@@ -72,7 +72,8 @@ def get_config() -> ConfigDict:
     evaluation.num_batches = 16  # 0: the whole split
     evaluation.batch_size = 8
     # Pictures of the model at every evaluation, in TensorBoard where that and matplotlib are
-    # installed. Parameters come to the host's memory for them, as they do for a checkpoint.
+    # installed. Parameters come to the host's memory for them, as they do for a checkpoint, and
+    # one device holds the embedding, the output head and a layer more.
     evaluation.plots = True
 
     config.checkpoint = checkpoint = ConfigDict()

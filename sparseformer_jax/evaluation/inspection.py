@@ -127,12 +127,13 @@ def tiles(weights: Float[np.ndarray, "N T T"], size: int) -> Float[np.ndarray, "
 def _on_host(state: TrainState) -> TrainState:
     """The state's parameters and variables whole, in the memory of every process."""
 
+    everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+
+    def whole(x: jax.Array) -> np.ndarray:
+        # What other processes hold comes through the devices, an array at a time.
+        return jax.device_get(x if x.is_fully_addressable else jax.device_put(x, everywhere))
+
     def fetched(variables: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-        # One at a time: a device need not hold the model.
-        return {name: jax.device_get(_replicated(x)) for name, x in variables.items()}
+        return {name: whole(x) for name, x in variables.items()}
 
     return TrainState(int(state.step), fetched(state.params), fetched(state.variables))
-
-
-def _replicated(x: jax.Array) -> jax.Array:
-    return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))

@@ -271,6 +271,26 @@ def test_queries_at_an_offset(options, num_queries, offset):
     assert_close(of_part, loss[:, part], 1e-5)
 
 
+@pytest.mark.parametrize("selection", ["causal", "paper"])
+@pytest.mark.representative("causal")
+def test_shares_of_clusters_are_those_that_pictures_show(selection):
+    attention, num_tokens = make({"selection": selection}), 29
+    segment_ids, positions = map(jnp.asarray, packed(np.random.default_rng(3), 2, num_tokens))
+    x = jnp.asarray(normal(4, 2, num_tokens, attention.config.embed_dim))
+    logged = jax.jit(lambda *arguments: attention(*arguments).diagnostics)(
+        x, positions, segment_ids
+    )
+    told = attention.inspect(x, positions, segment_ids)
+    assert told["head"].tolist() == [[1, 3]] * 2
+    shares = np.asarray(told["sizes"]) / num_tokens
+    for name, share in (("smallest", shares.min(-1)), ("median", np.median(shares, -1))):
+        assert logged[f"{name}_cluster"] == pytest.approx(share.mean())
+    assert logged["largest_cluster"] == pytest.approx(shares.max(-1).mean())
+    if selection == "paper":
+        untaken = ~np.asarray(told["members"]).any(2)
+        assert logged["untaken"] == pytest.approx(untaken.mean())
+
+
 def test_queries_alone_do_not_choose_clusters():
     attention = make({"selection": "paper", "share_qk": False})
     query, key = normal(0, 1, 4, 4, 6), normal(1, 1, 8, 4, 6)
