@@ -33,11 +33,19 @@ _SHARD_BYTES = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """Where a weight is found and what it becomes."""
+    """A parameter by its name in transformers, cut from its stack only when it is asked for."""
 
-    ours: str
-    theirs: str
+    name: str
     entry: Entry
+    stack: jax.Array
+    row: int | None  # None: it is the whole array
+
+    @property
+    def size(self) -> int:
+        return self.stack.size // (1 if self.row is None else len(self.stack))
+
+    def array(self) -> np.ndarray:
+        return np.asarray(self.stack if self.row is None else self.stack[self.row])
 
 
 def export_model(
@@ -70,15 +78,8 @@ def export_model(
     with made_whole(folder) as unfinished, jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
         model_def = ModelDef(config)
         state = restore_state(model_def, workdir, step)
-        arrays = model_def.to_layers(state.params)
-        weights = [
-            _Weight(ours, entry.name("hugging_face", layer), entry)
-            for ours, (entry, layer) in architecture.entries(arrays).items()
-        ]
-        if len(weights) < len(arrays):
-            left = sorted(arrays.keys() - {weight.ours for weight in weights})
-            raise ConfigError(f"--workdir={workdir}: {architecture.class_name} has no {left[0]}")
-        _write_weights(unfinished, arrays, weights, dtype, shard_bytes)
+        weights = _weights(model_def, state.params, architecture)
+        _write_weights(unfinished, weights, dtype, shard_bytes)
         special = _write_tokenizer(unfinished, config)
         settings = {
             "architectures": [architecture.class_name],
@@ -102,56 +103,63 @@ def _architecture(config: ConfigDict) -> tuple[Architecture, dict[str, Any]]:
     raise ConfigError(f"--workdir: transformers has no such model: {'; '.join(reasons)}")
 
 
-def _write_weights(
-    folder: Path,
-    arrays: Mapping[str, jax.Array],
-    weights: list[_Weight],
-    dtype: str,
-    shard_bytes: int,
-) -> None:
+def _weights(
+    model_def: ModelDef, params: Mapping[str, jax.Array], architecture: Architecture
+) -> list[_Weight]:
+    """Every parameter, which all have a name in transformers, or the config would be refused."""
+    weights = []
+    for name, stack in params.items():
+        layers = model_def.names.of(name)
+        entries = architecture.entries(layers)
+        for row, layer_name in enumerate(layers):
+            entry, layer = entries[layer_name]
+            own = None if layers == [name] else row
+            weights.append(_Weight(entry.name("hugging_face", layer), entry, stack, own))
+    return weights
+
+
+def _write_weights(folder: Path, weights: list[_Weight], dtype: str, shard_bytes: int) -> None:
     """Writes shards one after another: beside the parameters memory holds one."""
     from safetensors.numpy import save_file
 
-    shards = list(_shards(arrays, weights, np.dtype(DTYPES[dtype]).itemsize, shard_bytes))
+    itemsize = np.dtype(DTYPES[dtype]).itemsize
+    shards = list(_shards(weights, shard_bytes // itemsize))
     weight_map: dict[str, str] = {}
-    with byte_bar("exporting", sum(array.nbytes for array in arrays.values())) as bar:
+    total = itemsize * sum(weight.size for weight in weights)
+    with byte_bar("exporting", total) as bar:
         for number, shard in enumerate(shards, start=1):
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            name = name if len(shards) > 1 else SINGLE_FILE
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = file if len(shards) > 1 else SINGLE_FILE
             tensors = {}
             for weight in shard:
-                array = np.asarray(arrays[weight.ours])
-                tensors[weight.theirs] = _cast(weight.theirs, weight.entry, array, dtype)
-                weight_map[weight.theirs] = name
-                bar.update(array.nbytes)
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+                tensors[weight.name] = _cast(weight, dtype)
+                weight_map[weight.name] = file
+                bar.update(weight.size * itemsize)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        size = sum(array.size for array in arrays.values()) * np.dtype(DTYPES[dtype]).itemsize
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / INDEX_FILE, index)
 
 
-def _shards(
-    arrays: Mapping[str, jax.Array], weights: list[_Weight], itemsize: int, limit: int
-) -> Iterator[list[_Weight]]:
+def _shards(weights: list[_Weight], limit: int) -> Iterator[list[_Weight]]:
+    """Yields weights of so many numbers together, or a single larger one."""
     shard: list[_Weight] = []
     held = 0
     for weight in weights:
-        size = arrays[weight.ours].size * itemsize
-        if shard and held + size > limit:
+        if shard and held + weight.size > limit:
             yield shard
             shard, held = [], 0
         shard.append(weight)
-        held += size
+        held += weight.size
     yield shard
 
 
-def _cast(name: str, entry: Entry, array: np.ndarray, dtype: str) -> np.ndarray:
-    theirs = entry.to_hugging_face(array)
+def _cast(weight: _Weight, dtype: str) -> np.ndarray:
+    theirs = weight.entry.to_hugging_face(weight.array())
     with np.errstate(over="ignore"):
-        cast = theirs.astype(DTYPES[dtype])
-    if not np.isfinite(cast.astype(np.float32)).all() and np.isfinite(theirs).all():
-        raise ConfigError(f"--dtype={dtype}: {name} has numbers beyond it; take bfloat16")
+        cast = theirs.astype(DTYPES[dtype], copy=False)
+    if cast is not theirs and np.isinf(cast).any() and not np.isinf(theirs).any():
+        raise ConfigError(f"--dtype={dtype}: {weight.name} has numbers beyond it; take bfloat16")
     return cast
 
 
