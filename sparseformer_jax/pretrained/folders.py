@@ -1,5 +1,6 @@
 """Folders that are there whole or not at all."""
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -27,5 +28,8 @@ def made_whole(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.rename(final)
-    finally:
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        # Threads of a checkpoint that failed may write there once more.
+        atexit.register(shutil.rmtree, unfinished, ignore_errors=True)
+        raise

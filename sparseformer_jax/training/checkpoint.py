@@ -112,9 +112,15 @@ class Checkpoints:
         context.memory.deepcopy_host_arrays = False
         context.memory.transfer_concurrent_bytes = at_once
         context.memory.write_concurrent_bytes = at_once
-        with self._writing(), context:
-            items = {"state": state, "meta": dataclasses.asdict(meta)}
-            self._checkpointer.save_checkpointables(step, items)
+        items = {"state": state, "meta": dataclasses.asdict(meta)}
+        with contextlib.ExitStack() as stack:
+            _silence_what_is_left(stack)
+            try:
+                with self._writing(), context:
+                    self._checkpointer.save_checkpointables(step, items)
+            except ConfigError:
+                stack.pop_all()  # the other arrays fail, too, until the process ends
+                raise
 
     def wait(self) -> None:
         """Returns when all checkpoints are on disk.
@@ -217,7 +223,7 @@ def _is_not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _silence_what_is_left(stack: contextlib.ExitStack) -> None:
-    """Keeps quiet, until the stack ends, what orbax leaves running once an array cannot be read.
+    """Keeps quiet, until the stack ends, what orbax leaves running once an array has failed.
 
     Each of the others says so again: as a lost task, or to an event loop that is closed.
     """

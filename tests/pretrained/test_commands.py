@@ -1,6 +1,9 @@
 """The commands: a model comes in and goes out again, or one line says why not."""
 
 import json
+import resource
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -357,3 +360,21 @@ def test_its_own_attention_goes_on(tmp_path):
 def test_bad_argument_of_the_config(argument, message):
     with pytest.raises(ConfigError, match=message):
         pretrained_config(argument)
+
+
+@pytest.mark.exhaustive
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    wide = LLAMA | {"hidden_size": 512}
+    write_folder(tmp_path / "in", wide, llama_tensors(wide))
+    command = [sys.executable, "-m", "sparseformer_jax.pretrained", "import", str(tmp_path / "in")]
+    limit = (300_000, 300_000)  # bytes of a file
+    ended = subprocess.run(
+        [*command, f"--workdir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert "a checkpoint cannot be written" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
