@@ -17,6 +17,7 @@ from sparseformer_jax.data.progress import byte_bar
 from sparseformer_jax.data.tokenizer import ByteTokenizer, make_tokenizer
 from sparseformer_jax.pretrained import architectures
 from sparseformer_jax.pretrained.folders import made_whole
+from sparseformer_jax.pretrained.packages import optional
 from sparseformer_jax.pretrained.safetensors import INDEX_FILE, SINGLE_FILE
 from sparseformer_jax.pretrained.tables import Architecture, Entry
 from sparseformer_jax.training.restore import restore_state
@@ -120,8 +121,7 @@ def _weights(
 
 def _write_weights(folder: Path, weights: list[_Weight], dtype: str, shard_bytes: int) -> None:
     """Writes shards one after another: beside the parameters memory holds one."""
-    from safetensors.numpy import save_file
-
+    save_file = optional("safetensors.numpy").save_file
     itemsize = np.dtype(DTYPES[dtype]).itemsize
     shards = list(_shards(weights, shard_bytes // itemsize))
     weight_map: dict[str, str] = {}

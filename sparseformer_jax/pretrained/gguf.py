@@ -12,6 +12,7 @@ from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.pretrained import gguf_rope, gguf_tokenizer
 from sparseformer_jax.pretrained.fields import Fields
 from sparseformer_jax.pretrained.gguf_header import GgufHeader, GgufTensor
+from sparseformer_jax.pretrained.packages import optional
 from sparseformer_jax.pretrained.parts import Parts
 from sparseformer_jax.pretrained.source import Naming, PretrainedTokenizer
 
@@ -55,7 +56,7 @@ class GgufFiles:
     naming: Naming = "gguf"
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._gguf = _package()
+        self._gguf = optional("gguf")
         sizes = {
             int(kind): (kind.name, *size) for kind, size in self._gguf.GGML_QUANT_SIZES.items()
         }
@@ -144,13 +145,3 @@ def _opened(paths: Sequence[Path]) -> list[Parts]:
         }
         return [Parts([siblings[number] for number in sorted(siblings)])]
     return [Parts([path])]
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError(
-            'GGUF files need the gguf package: pip install "sparseformer_jax[pretrained]"'
-        ) from error
-    return gguf

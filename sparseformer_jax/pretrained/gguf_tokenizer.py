@@ -11,6 +11,7 @@ import numpy as np
 
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.pretrained.fields import Fields
+from sparseformer_jax.pretrained.packages import optional
 from sparseformer_jax.pretrained.source import PretrainedTokenizer
 
 # Of `tokenizer.ggml.token_type`.
@@ -195,11 +196,5 @@ def _begin_with(tokenizer: Any, token: str) -> None:
 
 
 def _package() -> Any:
-    try:
-        import tokenizers
-        import tokenizers.processors
-    except ImportError as error:
-        raise ConfigError(
-            'a tokenizer needs the tokenizers package: pip install "sparseformer_jax[pretrained]"'
-        ) from error
-    return tokenizers
+    optional("tokenizers.processors")
+    return optional("tokenizers")

@@ -15,6 +15,7 @@ import numpy as np
 
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.pretrained.fields import Fields
+from sparseformer_jax.pretrained.packages import optional
 from sparseformer_jax.pretrained.parts import Parts
 from sparseformer_jax.pretrained.source import Naming, PretrainedTokenizer, as_object
 
@@ -165,9 +166,7 @@ def _adds_bos(content: bytes, bos: str, config: dict[str, Any]) -> bool:
         return False
     if isinstance(config.get("add_bos_token"), bool):
         return config["add_bos_token"]
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    tokenizer = optional("tokenizers").Tokenizer.from_buffer(content)
     return tokenizer.encode("a").ids[:1] == [tokenizer.token_to_id(bos)]
 
 

@@ -362,6 +362,17 @@ def test_bad_argument_of_the_config(argument, message):
         pretrained_config(argument)
 
 
+@pytest.mark.parametrize("package", ["gguf", "tokenizers", "safetensors.numpy"])
+def test_a_package_that_is_not_installed(package, imported, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    path, name = write_gguf(tmp_path / "a.gguf"), package.partition(".")[0]
+    arguments = ("import", path, f"--workdir={tmp_path / 'run'}")
+    if name == "safetensors":
+        arguments = ("export", f"--workdir={imported[1]}", f"--out={tmp_path / 'run'}")
+    line = mistake(capsys, *arguments)
+    assert f'needs the package {name}: pip install "sparseformer_jax[pretrained]"' in line
+
+
 @pytest.mark.exhaustive
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     wide = LLAMA | {"hidden_size": 512}
