@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparseformer_jax.attention import _balanced, _clusters, _last_members
+from sparseformer_jax.attention.base import AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
 
 # Added to the number of clusters that took a token, as in the authors' code.
@@ -105,6 +106,17 @@ def attend_balanced(
         "untaken": jnp.mean(_balanced.times(queries, num_keys) == 0, dtype=jnp.float32),
         **_shares(counts),
     }
+
+
+def attend_without(options: Any, inputs: Inputs) -> AttentionOutput:
+    """Returns what a model without routed heads has of them."""
+    batch, num_queries, _, head_dim = inputs.query.shape
+    sums = jnp.zeros((0, 1, options.num_clusters, head_dim))
+    return AttentionOutput(
+        jnp.zeros((batch, num_queries, 0, head_dim), inputs.query.dtype),
+        diagnostics={"density": 0.0},
+        statistics={"counts": sums[..., 0], "sums": sums},
+    )
 
 
 def _shares(counts: Float[Array, "B R C"]) -> dict[str, Float[Array, ""]]:

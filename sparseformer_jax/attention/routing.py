@@ -266,8 +266,10 @@ class Method(BlockSparseAttention):
         # Contiguous shards of heads all start alike, as mesh.tensor divides both kinds.
         kind = _is_routed(self.config.num_heads, self.options.routed(self.config.num_heads))
         routed, local = (np.flatnonzero(is_kind[:num_heads]) for is_kind in (kind, ~kind))
-        attend = self._attend_clusters if len(routed) else self._attend_no_clusters
-        attended = attend(inputs, shard, routed)
+        if len(routed):
+            attended = self._attend_clusters(inputs, shard, routed)
+        else:
+            attended = _routed_heads.attend_without(self.options, inputs)
         output, density = attended.output, len(routed) * attended.diagnostics["density"]
         if len(local):
             nearby = self._attend_nearby(inputs, shard, local)
@@ -366,18 +368,6 @@ class Method(BlockSparseAttention):
             {"commitment": options.commitment * sum(losses)},
             diagnostics,
             {"counts": counts, "sums": totals},
-        )
-
-    def _attend_no_clusters(
-        self, inputs: Inputs, shard: Shard, heads: np.ndarray
-    ) -> AttentionOutput:
-        """The same of no routed heads."""
-        batch, num_queries, _, head_dim = inputs.query.shape
-        sums = jnp.zeros((0, 1, self.options.num_clusters, head_dim))
-        return AttentionOutput(
-            jnp.zeros((batch, num_queries, 0, head_dim), inputs.query.dtype),
-            diagnostics={"density": 0.0},
-            statistics={"counts": sums[..., 0], "sums": sums},
         )
 
     def _scores(self) -> dict[str, Any]:
