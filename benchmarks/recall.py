@@ -19,7 +19,7 @@ attention carries an answer to its question, from 17 to 127 tokens on, and a loc
 - `dense`: what there is to reach.
 
 Whoever knows nothing answers 1 of 8 questions, and whoever knows the values of the row but not
-which key has which about 1 of 4.
+which key has which about 1 of 4. A run takes 20 to 60 CPU seconds, and there are 18.
 """
 
 import argparse
