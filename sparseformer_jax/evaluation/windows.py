@@ -2,8 +2,9 @@
 
     python -m sparseformer_jax.evaluation.windows --workdir=/tmp/model --files=test.txt
 
-The text of a file is one sequence of tokens. It is cut into windows that do not overlap, and
-within each every token but the first is predicted from those before it in the window.
+The text of a file is one sequence of tokens. It is cut into windows, and within each every token
+but the first is predicted from those before it in the window. Where windows overlap, by a stride,
+a token is predicted once, in the first window that holds it: from at least size - stride tokens.
 """
 
 import dataclasses
@@ -34,11 +35,12 @@ from sparseformer_jax.training.state import ModelDef
 _BOS = ("none", "text", "window")
 
 _USAGE = """\
-Perplexity of text files in windows that do not overlap, as it is published of pretrained models.
+Perplexity of text files in windows, as it is published of pretrained models.
 
   python -m sparseformer_jax.evaluation.windows --workdir=/tmp/smollm2 --files=test.txt
   python -m sparseformer_jax.evaluation.windows --workdir=/tmp/smollm2 --files=a.txt,b.txt \\
       --window=2048 --num_windows=8 --bos=window
+  python -m sparseformer_jax.evaluation.windows --workdir=/tmp/smollm2 --files=test.txt --stride=512
 """
 
 
@@ -51,27 +53,48 @@ class Windows:
       number: windows of each file, the first ones; 0: all. The last may be shorter.
       bos: where the tokenizer's first token stands: "none"; "text", it is the first of each
         file; "window", it is seen before every window, so the same tokens are predicted.
+      stride: tokens from one window's start to the next; 0: size, they do not overlap.
 
     Raises:
-      ConfigError: a window predicts nothing, or a value is none of its choices.
+      ConfigError: a window predicts nothing, windows leave tokens out, or a value is none of
+        its choices.
     """
 
     size: int = 1024
     number: int = 0
     bos: str = "none"
+    stride: int = 0
 
     def __post_init__(self) -> None:
         check_choice("--bos", self.bos, _BOS)
         if self.size < 2:
             raise ConfigError(f"--window={self.size}: predicts nothing; take more tokens")
 
-    def cut(self, ids: np.ndarray, bos_id: int | None) -> list[np.ndarray]:
+        if self.stride > self.size:
+            raise ConfigError(
+                f"--stride={self.stride}: leaves out tokens between windows; take at most "
+                f"--window={self.size}"
+            )
+
+    def cut(self, ids: np.ndarray, bos_id: int | None) -> list["Window"]:
         """Returns the windows of a text's tokens that predict anything."""
         if self.bos == "text":
             ids = np.concatenate([np.array([bos_id], ids.dtype), ids])
-        pieces = [ids[start : start + self.size] for start in range(0, len(ids), self.size)]
-        pieces = pieces[: self.number] if self.number else pieces
-        return [piece for piece in pieces if len(piece) > 1]
+        stride = self.stride or self.size
+        starts = range(0, len(ids), stride)[: self.number or None]
+        windows = []
+        for start in starts:
+            seen = 1 if stride == self.size or not start else self.size - stride
+            windows.append(Window(ids[start : start + self.size], seen))
+        return [window for window in windows if len(window.tokens) > window.seen]
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Tokens of which the first `seen` are not predicted."""
+
+    tokens: np.ndarray
+    seen: int
 
 
 def evaluate(
@@ -82,9 +105,12 @@ def evaluate(
     *,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Returns loss (nats per predicted token), perplexity, tokens predicted, and windows.
+    """Returns loss (nats per predicted token), perplexity, bits_per_byte, tokens, and windows.
 
-    Tokens weigh alike, so neither the batch size nor the mesh changes the figures.
+        bits_per_byte = loss / ln 2 * tokens / bytes
+
+    with tokens per byte counted over the whole texts. Tokens weigh alike, so neither the batch
+    size nor the mesh changes the figures.
 
     Args:
       config: of the run; `eval.batch_size` windows are computed at a time.
@@ -99,7 +125,7 @@ def evaluate(
       NonFiniteError: the loss is not a finite number.
     """
     tokenizer = make_tokenizer(config)
-    pieces = _pieces(files, windows, tokenizer, config)
+    pieces, tokens_per_byte = _pieces(files, windows, tokenizer, config)
     start = [tokenizer.bos_id] if windows.bos == "window" else []
     with jax.set_mesh(mesh.make_mesh(config_lib.resolve_mesh(config.mesh, jax.device_count()))):
         model_def = ModelDef(config)
@@ -125,55 +151,59 @@ def evaluate(
         "tokens": int(tokens),
         "loss": loss,
         "perplexity": perplexity(loss),
+        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
     }
 
 
 def _pieces(
     files: Sequence[Path], windows: Windows, tokenizer: Tokenizer, config: ConfigDict
-) -> list[np.ndarray]:
+) -> tuple[list[Window], float]:
+    """The windows of all files, and the tokens of their texts over the bytes."""
     bos_id = tokenizer.bos_id
     if windows.bos != "none" and bos_id is None:
         raise ConfigError(
             f"--bos={windows.bos}: data.bos_token={config.data.bos_token!r} names no token; "
             "set --config.data.bos_token"
         )
-    pieces = []
+    pieces, num_tokens, num_bytes = [], 0, 0
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
             raise ConfigError(f"--files={file}: cannot be read: {reason}") from None
-        found = windows.cut(tokenizer.encode(text), bos_id)
+        ids = tokenizer.encode(text)
+        found = windows.cut(ids, bos_id)
         if not found:
             raise ConfigError(f"--files={file}: too short to predict a token of")
         pieces += found
-    return pieces
+        num_tokens, num_bytes = num_tokens + len(ids), num_bytes + len(text.encode())
+    return pieces, num_tokens / num_bytes
 
 
 def _batches(
-    pieces: Sequence[np.ndarray], size: int, start: Sequence[int | None], batch_size: int
+    pieces: Sequence[Window], size: int, start: Sequence[int | None], batch_size: int
 ) -> Iterator[Batch]:
     """Yields this process's rows of batches of one shape; what fills them has weight 0.
 
-    `start` stands before each window; the window's own first token is never predicted.
+    `start` stands before each window.
     """
     rows = batch_size // jax.process_count()
     for batch in range(0, len(pieces), batch_size):
         first = batch + jax.process_index() * rows
         tokens = np.zeros((rows, size + 1), np.int32)
-        ends = np.zeros(rows, np.int32)
+        firsts, ends = np.zeros((2, rows, 1), np.int32)
         for row, piece in enumerate(pieces[first : first + rows]):
-            sequence = [*start, *piece]
+            sequence = [*start, *piece.tokens]
             tokens[row, : len(sequence)] = sequence
-            ends[row] = len(sequence) - 1
+            firsts[row], ends[row] = len(start) + piece.seen - 1, len(sequence) - 1
         positions = np.broadcast_to(np.arange(size, dtype=np.int32), (rows, size)).copy()
         yield {
             "inputs": tokens[:, :-1],
             "targets": tokens[:, 1:],
             "positions": positions,
             "segment_ids": np.zeros_like(positions),
-            "weights": ((positions >= len(start)) & (positions < ends[:, None])).astype(np.float32),
+            "weights": ((positions >= firsts) & (positions < ends)).astype(np.float32),
         }
 
 
@@ -186,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.text(own, "workdir", "folder that training or an import wrote")
     command.text(own, "files", "text files, with commas between them")
     flags.DEFINE_integer("window", 1024, "tokens of a window", 1, flag_values=own)
+    flags.DEFINE_integer("stride", 0, "from window to window; 0: no overlap", 0, flag_values=own)
     flags.DEFINE_integer("num_windows", 0, "of each file, the first; 0: all", 0, flag_values=own)
     flags.DEFINE_string("bos", "none", "none; text or window: which begin with the token", own)
     command.number(own, "step", "checkpoint to load; default: the latest")
@@ -200,7 +231,7 @@ def _main(own: flags.FlagValues, argv: list[str]) -> None:
     command.start_jax(own)
     command.validate(config)
     files = [Path(name) for name in own.files.split(",")]
-    windows = Windows(own.window, own.num_windows, own.bos)
+    windows = Windows(own.window, own.num_windows, own.bos, own.stride)
     found = evaluate(config, Path(own.workdir), files, windows, step=own.step)
     if mesh.is_primary():
         print(json.dumps(found, indent=2))

@@ -37,25 +37,27 @@ def run(tmp_path_factory):
     return workdir, config, model
 
 
-def by_hand(model, pieces, start=()):
-    """Loss of all but the first token of each piece, one after another."""
+def by_hand(model, pieces, start=(), seen=None):
+    """Loss of all but the first token of each piece, or the first `seen`, one after another."""
     nll, count = 0.0, 0
     compute = jax.jit(lambda tokens: model(tokens).logits)
-    for piece in pieces:
+    for piece, known in zip(pieces, seen or [1] * len(pieces), strict=True):
         tokens = np.array([*start, *piece])
         logits = np.asarray(compute(tokens[None])[0], np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        for position in range(len(start), len(tokens) - 1):
+        for position in range(len(start) + known - 1, len(tokens) - 1):
             nll -= log_p[position, tokens[position + 1]]
             count += 1
     return nll / count, count
 
 
-def evaluate(run, size, number=0, bos="none", **eval_config):
+def evaluate(run, size, number=0, bos="none", stride=0, **eval_config):
     workdir, config, _ = run
     config = config_lib.from_json(config_lib.to_json(config))
     config.eval.update(eval_config)
-    return windows.evaluate(config, workdir, [workdir / "text.txt"], Windows(size, number, bos))
+    return windows.evaluate(
+        config, workdir, [workdir / "text.txt"], Windows(size, number, bos, stride)
+    )
 
 
 @pytest.mark.parametrize("bos", ["none", "window", "text"])
@@ -79,6 +81,22 @@ def test_the_first_windows(run):
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
 
 
+def test_overlapping_windows_predict_every_token_once(run):
+    bos, stride = "window", 10
+    ids = list(TEXT.encode())
+    pieces, seen = [ids[:24]], [1]
+    for start in range(stride, len(ids), stride):
+        if len(ids) > start + 24 - stride:  # else the window before has it all
+            pieces.append(ids[start : start + 24])
+            seen.append(24 - stride)
+    expected, count = by_hand(run[2], pieces, [256], seen)
+    found = evaluate(run, 24, bos=bos, stride=stride)
+    assert found["tokens"] == count == len(ids) - 1
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    # Of a byte-level model a token is a byte.
+    np.testing.assert_allclose(found["bits_per_byte"], expected / np.log(2), rtol=1e-5)
+
+
 def test_command(run, capsys):
     workdir, _, _ = run
     arguments = [f"--workdir={workdir}", f"--files={workdir / 'text.txt'}", "--window=24"]
@@ -98,6 +116,8 @@ def test_mistakes(run, tmp_path):
     workdir, config, _ = run
     with pytest.raises(ConfigError, match="--window=1: predicts nothing"):
         Windows(1)
+    with pytest.raises(ConfigError, match="--stride=25: leaves out tokens .*--window=24"):
+        Windows(24, stride=25)
     with pytest.raises(ConfigError, match="--bos='windw': not one of .*did you mean window"):
         Windows(24, 0, "windw")
     (tmp_path / "a.txt").write_text("a")
