@@ -3,8 +3,8 @@
     python benchmarks/quality.py BOOKS --workdir=/tmp/quality
 
 BOOKS is a folder with train.* and test.* files, as `data.files` takes them. Trains one model
-after the other, about 8 CPU minutes each, prints their bits per byte of the test text as a table
-and draws them over the position in the window. The same command again goes on where it stopped.
+after the other, about 6 to 8 CPU minutes each, and prints their bits per byte of the test text as a
+table. The same command again goes on where it stopped.
 
 All are the same 4 layers of width 128 on windows of 512 bytes; what a query sees nearby is at
 most 64 bytes, an eighth of the window. Where a method's layer has fewer parameters or more, its MLP
@@ -70,13 +70,14 @@ def get_config(name: str = "dense") -> ConfigDict:
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.0
     config.eval.split = "test"
+    config.eval.plots = False
     config.eval.num_batches = 128
     config.checkpoint.every = 300
     return config
 
 
 def main() -> None:
-    """Trains what is not trained yet, prints the table and draws the picture."""
+    """Trains what is not trained yet and prints the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

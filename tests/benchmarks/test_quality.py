@@ -1,7 +1,6 @@
 """The quality table compares like with like."""
 
 import importlib.util
-import json
 import math
 from pathlib import Path
 from typing import Any
