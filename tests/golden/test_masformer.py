@@ -3,16 +3,19 @@
 Everything comes from the files: other shapes, seeds, masks and variants pass unchanged.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from sparseformer_jax import default_config, registry
 from sparseformer_jax.attention import masformer
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.loss import cross_entropy
-from sparseformer_jax.model.transformer import Transformer
+from sparseformer_jax.training.state import ModelDef
 from tests.golden import loading
 from tests.model import hugging_face
 from tests.model.harness import (
@@ -89,13 +92,18 @@ def model_config():
 
 
 def make_model(variant):
-    options = masformer.Options(
+    config = default_config.get_config()
+    config.model.update(dataclasses.asdict(model_config()))
+    config.attention = registry.method_config(
+        "attention",
+        "masformer",
         span=SPANS[variant["sparse_kind"]],
         span_size=variant["sparse_size"] or 1,
         full_layers=tuple(variant["full_attention_layers"]),
     )
-    model = Transformer(model_config(), masformer.Method, options, rngs=nnx.Rngs(0))
-    return hugging_face.load(model, WEIGHTS)
+    model_def = ModelDef(config)
+    weights = hugging_face.parameters(model_def, WEIGHTS, hugging_face.GPT_NEO)
+    return model_def.model(jax.tree.map(jnp.asarray, weights), {}, 0)
 
 
 def loss(model, tokens):
