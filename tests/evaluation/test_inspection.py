@@ -101,7 +101,7 @@ def test_every_head_shows_its_own_pattern(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["fixed", "axial_mixture", "log_sparse"])
-@pytest.mark.representative("axial_mixture", "log_sparse")
+@pytest.mark.representative("axial_mixture")
 def test_combiner_shows_what_is_direct_and_what_goes_through_summaries(tmp_path, variant):
     _, window = window_of(tmp_path, name="combiner", variant=variant, span_size=8)
     position = np.arange(32)
