@@ -40,7 +40,7 @@ Continues a prompt with a trained model.
 
   python -m sparseformer_jax.generate --workdir=/tmp/run --prompt="def "
   python -m sparseformer_jax.generate --workdir=/tmp/run --temperature=0 --num_tokens=80
-  python -m sparseformer_jax.generate --workdir=/tmp/run --prompt_file=page.txt --top_p=0.9
+  python -m sparseformer_jax.generate --workdir=/tmp/run --prompt_file=notes.txt --top_p=0.9
   echo -n "def " | python -m sparseformer_jax.generate --workdir=/tmp/run --prompt_file=-
 
 An installed package has the same command as `sparseformer-generate`.
