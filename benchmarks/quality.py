@@ -101,14 +101,14 @@ def main() -> None:
 def train(name: str, books: str, workdir: Path, seed: int) -> dict[str, Any]:
     """Trains a model in a process of its own; returns its last evaluation and its cost.
 
-    Raises:
-      subprocess.CalledProcessError: the run failed; it has said why.
+    Where that fails, it has said why, and this process ends with its exit code.
     """
     config = f"{Path(__file__)}:{name}"
     command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}"]
     command += [f"--config.data.files={books}", f"--config.seed={seed}"]
     before = _child_seconds()
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     evaluation = [line for line in lines if "eval/bits_per_byte" in line][-1]
     return {

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from sparseformer_jax import mesh
+from sparseformer_jax.checks import NonFiniteError
 from sparseformer_jax.training.state import ModelDef, TrainState
 
 _SHORTEST = 16  # prompts are read in windows of powers of two, from this on: few compilations
@@ -49,8 +50,11 @@ class Decoder:
             cache: Any,
             key: Key[Array, ""],
             index: Int[Array, ""],
-        ) -> tuple[Int[Array, " B"], Any]:
-            """Reads tokens, of which row b's `last[b]` is the last, and chooses the next."""
+        ) -> tuple[Int[Array, " B"], Bool[Array, ""], Any]:
+            """Reads tokens, of which row b's `last[b]` is the last, and chooses the next.
+
+            Beside it and the cache: whether every logit is a finite number.
+            """
             model = model_def.model(state.params, state.variables, state.step)
             hidden, cache = model.decode(tokens, start, cache)
             rows = jnp.arange(len(tokens))
@@ -60,7 +64,7 @@ class Decoder:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(
                 jax.random.fold_in(key, index), mesh.shard(rows, "batch")
             )
-            return jax.vmap(choose)(logits, keys), cache
+            return jax.vmap(choose)(logits, keys), jnp.all(jnp.isfinite(logits)), cache
 
         # The cache is changed in place.
         self._advance: Any = jax.jit(advance, donate_argnums=4)
@@ -76,6 +80,9 @@ class Decoder:
         Args:
           prompts: of at least a token each; their last `size` count.
           key: of the draws.
+
+        Raises:
+          NonFiniteError: a logit is not a finite number.
         """
         texts = [list(prompt)[-self.size :] for prompt in prompts]
         index = 0
@@ -116,5 +123,11 @@ class Decoder:
     ) -> tuple[Int[np.ndarray, " B"], Any]:
         # Only here: a generator must not leave its mesh to its caller.
         with jax.set_mesh(self._mesh):
-            chosen, cache = self._advance(self._state, tokens, start, last, cache, key, index)
-            return np.asarray(chosen), cache
+            *found, cache = self._advance(self._state, tokens, start, last, cache, key, index)
+            chosen, is_finite = jax.device_get(found)
+        if not is_finite:
+            raise NonFiniteError(
+                f"logits of token {index} are not finite: these parameters predict nothing; take "
+                "an earlier checkpoint with --step"
+            )
+        return chosen, cache

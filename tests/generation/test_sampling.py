@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparseformer_jax import mesh, presets
-from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.checks import ConfigError, NonFiniteError
 from sparseformer_jax.generation import sampling
 from sparseformer_jax.generation.choice import Choice
 from sparseformer_jax.training.state import ModelDef, TrainState
@@ -139,6 +139,13 @@ def test_a_stream_leaves_the_mesh_of_its_caller_alone(greedy):
     before = jax.sharding.get_mesh()
     next(greedy.stream("b", 3))
     assert jax.sharding.get_mesh() == before
+
+
+def test_parameters_that_predict_nothing_end_it(greedy, model, monkeypatch):
+    params = {name: value * jnp.nan for name, value in model[1].params.items()}
+    monkeypatch.setattr(greedy._decoder, "_state", TrainState(model[1].step, params, {}))
+    with pytest.raises(NonFiniteError, match="logits of token 0 are not finite"):
+        next(greedy.stream("b", 3))
 
 
 def test_mistakes_are_told_before_anything_is_drawn(config):
