@@ -342,7 +342,7 @@ def test_bfloat16_is_near_float32(subject, own):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-@pytest.mark.representative("*'data': 2, 'fsdp': 2*", "*'tensor': 2, 'context': 2*")
+@pytest.mark.representative("*'tensor': 2, 'context': 2*")
 def test_loss_and_gradients_do_not_depend_on_the_mesh(subject, sizes):
     with jax.set_mesh(mesh.make_mesh(sizes)):
         places = subject.model_def.abstract(jax.sharding.get_mesh())

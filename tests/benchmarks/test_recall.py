@@ -75,6 +75,7 @@ def test_local_twins_see_no_definition(recall, name):
     assert bool((first == second).all()) == (name != "dense")
 
 
+@pytest.mark.exhaustive
 def test_dense_learns_a_small_task_and_reports_it(recall, tmp_path):
     task = recall.Recall(seq_len=24, num_definitions=2, gap=8, num_keys=2, num_values=2)
     config = recall.make_config(task, recall.METHODS["dense"], seed=0, steps=40, rate=1e-2)

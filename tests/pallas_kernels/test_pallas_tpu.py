@@ -247,7 +247,7 @@ STRIPED = {
 
 
 @pytest.mark.parametrize("name", STRIPED)
-@pytest.mark.representative("heads", "segments")
+@pytest.mark.representative("heads")
 def test_band_and_gathered_stripes(name):
     call = kernel_cases.make(STRIPED[name])
 
@@ -258,6 +258,7 @@ def test_band_and_gathered_stripes(name):
 
 
 @pytest.mark.parametrize("name", ["heads", "segments"])
+@pytest.mark.representative("segments")
 def test_stripes_of_the_heads_of_a_device(name):
     """Which heads these are is traced there; the stripes are gathered all the same."""
     first = 2

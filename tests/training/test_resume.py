@@ -61,7 +61,7 @@ def test_a_killed_run_resumes_with_equal_floats(endless, tmp_path):
         np.testing.assert_array_equal(expected, found)
 
 
-@pytest.mark.representative("s2")
+@pytest.mark.exhaustive
 def test_two_processes_equal_one_and_resume_there_on_other_axes(endless, tmp_path, on_call, capsys):
     """Each reads its own rows; the shuffled, packed stream of the run is one and the same."""
     endless.mesh.update(data=4, fsdp=2)

@@ -38,7 +38,7 @@ def assert_close(actual, expected, rtol=1e-5):
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.representative("adamw-tensor", "adamw-context")
+@pytest.mark.representative("adamw-tensor")
 def test_losses_are_the_same_on_every_mesh(plain, batch, optimizer, sizes):
     plain.optimizer.name = optimizer
     expected, _, state = train(plain, {}, batch)
