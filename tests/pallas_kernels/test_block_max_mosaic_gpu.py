@@ -67,7 +67,7 @@ INTERPRETED_CASES = {
 
 @pytest.mark.parametrize("name", INTERPRETED_CASES)
 @pytest.mark.usefixtures("no_races")
-@pytest.mark.representative("rows, group*", "blocks of odd sizes*")
+@pytest.mark.representative("rows, group*")
 def test_interpreted_kernel(name, monkeypatch):
     gpu_interpreter.compile_once(monkeypatch)
     case = INTERPRETED_CASES[name]
@@ -75,6 +75,7 @@ def test_interpreted_kernel(name, monkeypatch):
         test_block_max.assert_agree(case, *test_block_max.run(case, "mosaic_gpu"))
 
 
+@pytest.mark.exhaustive
 def test_vmap_of_offsets_and_gradient(monkeypatch):
     gpu_interpreter.compile_once(monkeypatch)
     case = Case(24, 80, 8, 16, heads=2, kv_heads=1, dtype=jnp.bfloat16)

@@ -143,6 +143,7 @@ def restored(config, workdir):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.representative("adamw")
 def test_checkpoints_know_layers_only(config, tmp_path, optimizer):
     """What masformer saved, dense attention opens, whose layers are one stack."""
     config.optimizer.name = optimizer
@@ -154,6 +155,7 @@ def test_checkpoints_know_layers_only(config, tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.representative("adamw")
 def test_checkpoints_from_before_names_by_layer_open(config, tmp_path, optimizer):
     """They hold stacked arrays, and nothing beside parameters and optimiser."""
     config.optimizer.name = optimizer
