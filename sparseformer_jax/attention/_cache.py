@@ -6,13 +6,13 @@ overwritten later.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from sparseformer_jax import mesh
 from sparseformer_jax.attention.inputs import Inputs, spec_of
@@ -44,12 +44,32 @@ def empty(names: Iterable[str], config: ModelConfig, tokens: tuple[int, int, int
         return jnp.zeros((*tokens, *entries), config.dtypes[1])
 
     cache = {name: zeros(name) for name in names}
-    return jax.tree.map(jax.reshard, cache, partition(cache)) if mesh.is_active() else cache
+    return jax.tree.map(jax.reshard, cache, partition(cache, {})) if mesh.is_active() else cache
 
 
-def partition(names: Iterable[str]) -> dict[str, PartitionSpec]:
-    """Returns how the arrays of a cache are divided over the mesh."""
-    return {name: PartitionSpec(None, *spec_of(name)) for name in names}
+def partition(
+    names: Iterable[str], axes: Mapping[str, Sequence[str | None]]
+) -> dict[str, PartitionSpec]:
+    """Returns how the arrays of a cache are divided over the mesh.
+
+    Args:
+      names: of the arrays.
+      axes: logical ones of those that are none of `Inputs`, from the batch on.
+    """
+
+    def spec(name: str) -> PartitionSpec:
+        return mesh.spec(*axes[name]) if name in axes else spec_of(name)
+
+    return {name: PartitionSpec(None, *spec(name)) for name in names}
+
+
+def weights(
+    x: Float[Array, "B T D"], lengths: Int[Array, " B"] | None
+) -> Float[Array, "B T"] | None:
+    """Returns 1 for each sequence's first tokens, 0 for those that fill its row up; None: all 1."""
+    if lengths is None:
+        return None
+    return (jnp.arange(x.shape[1]) < lengths[:, None]).astype(jnp.float32)
 
 
 def write(cache: Cache, inputs: Inputs, start: Int[Array, " B"], layer: Any) -> Cache:

@@ -68,6 +68,7 @@ class Attention(nnx.Module):
       gathers_keys: whether `attend` sees the keys of the whole sequence. If not it sees those
         of its own part, and gathers what it makes of them by `shard.gather`.
       statistics_axes: the statistics by name, with the logical axis of each dimension.
+      cache_axes: of what else than `Inputs` the cache holds, the same without that of layers.
 
     Raises:
       ValueError: `needs` names anything else.
@@ -76,6 +77,7 @@ class Attention(nnx.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     gathers_keys: ClassVar[bool] = True
     statistics_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+    cache_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
 
     def __init__(self, config: ModelConfig, options: Any, *, rngs: nnx.Rngs) -> None:
         if not self.needs <= ON_DEMAND:
@@ -187,6 +189,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         start: Int[Array, " B"],
         cache: Cache,
+        lengths: Int[Array, " B"] | None = None,
         *,
         layer: Any = 0,
         step: Any = 0,
@@ -200,11 +203,13 @@ class Attention(nnx.Module):
           x: normalised residual stream of T tokens a sequence.
           start: position of the first of them.
           cache: of the tokens before; it has room for these.
+          lengths: tokens of each sequence that count; later ones start in place of the others,
+            which weigh 0. None: all.
           layer: which of the layers that share it this is.
           step: of training.
         """
         positions = start[:, None] + jnp.arange(x.shape[1])
-        inputs = self._inputs(x, positions, None, None, step)
+        inputs = self._inputs(x, positions, None, _cache.weights(x, lengths), step)
         if mesh.is_active():
             output, cache = self._decode_sharded(inputs, start, cache, layer)
         else:
@@ -350,7 +355,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         """Runs `_decode` on each device's rows and heads."""
         start_spec, all_have = mesh.spec("batch"), PartitionSpec()
-        cache_spec = _cache.partition(cache)
+        cache_spec = _cache.partition(cache, self.cache_axes)
 
         def local(
             module: "Attention", inputs: Inputs, shard: Shard, start: Any, cache: Cache, layer: Any

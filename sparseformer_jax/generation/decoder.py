@@ -56,7 +56,7 @@ class Decoder:
             Beside it and the cache: whether every logit is a finite number.
             """
             model = model_def.model(state.params, state.variables, state.step)
-            hidden, cache = model.decode(tokens, start, cache)
+            hidden, cache = model.decode(tokens, start, cache, last + 1)
             rows = jnp.arange(len(tokens))
             ends = hidden.at[rows, last].get(out_sharding=mesh.spec("batch", None))
             logits = model.logits(ends[:, None], model.output_kernel())[:, 0, :vocab_size]

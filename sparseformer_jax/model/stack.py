@@ -126,7 +126,12 @@ class LayerStack(nnx.Module):
         return [block.attention.init_cache(batch_size, size, self.repeats) for block in unit]
 
     def decode(
-        self, x: jax.Array, start: jax.Array, caches: list[Any], step: Any
+        self,
+        x: jax.Array,
+        start: jax.Array,
+        caches: list[Any],
+        lengths: jax.Array | None,
+        step: Any,
     ) -> tuple[jax.Array, list[Any]]:
         """Returns x of the next tokens after all layers, and the caches with them."""
         graphdef, state = nnx.split(self.unit)
@@ -137,7 +142,7 @@ class LayerStack(nnx.Module):
             written = []
             for block, cache in zip(unit, caches, strict=True):
                 with read_only(block):
-                    x, own = block.decode(x, start, cache, repeat, step)
+                    x, own = block.decode(x, start, cache, lengths, repeat, step)
                 written.append(own)
             return (x, written), None
 

@@ -117,12 +117,13 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         start: Int[Array, " B"],
         cache: Cache,
+        lengths: Int[Array, " B"] | None,
         layer: Any,
         step: Any,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Returns the residual stream of the next tokens, and the cache with them."""
         attended, cache = self.attention.decode(
-            self.attention_norm(x), start, cache, layer=layer, step=step
+            self.attention_norm(x), start, cache, lengths, layer=layer, step=step
         )
         return self._add(x, attended, (None, None)), cache
 
@@ -293,22 +294,27 @@ class Transformer(nnx.Module):
         return [stack.init_cache(batch_size, size) for stack in self.stacks]
 
     def decode(
-        self, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: list[Any]
+        self,
+        tokens: Int[Array, "B T"],
+        start: Int[Array, " B"],
+        cache: list[Any],
+        lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], list[Any]]:
         """Returns what the output head reads of the next tokens, and the cache with them.
 
         To a causal method equal to `features` of the whole sequences, at these tokens.
 
         Args:
-          tokens: the next T of each sequence. Those that only fill a row up may be anything:
-            later ones start in their place.
+          tokens: the next T of each sequence.
           start: position of the first of them, the number of tokens before.
           cache: of those.
+          lengths: how many of the T are the sequence's; those that only fill a row up may be
+            anything, and later ones start in their place. None: all.
         """
         x = self.embed(tokens, start[:, None] + jnp.arange(tokens.shape[1]))
         written = []
         for stack, own in zip(self.stacks, cache, strict=True):
-            x, own = stack.decode(x, start, own, self.step)
+            x, own = stack.decode(x, start, own, lengths, self.step)
             written.append(own)
         return self.final_norm(x), written
 

@@ -34,12 +34,14 @@ def test_decoding_equals_the_whole_sequence(name):
         x = jnp.asarray(normal(0, BATCH, SIZE, attention.config.embed_dim))
         positions = jnp.broadcast_to(jnp.arange(SIZE), (BATCH, SIZE))
         whole = np.asarray(jax.jit(attention)(x, positions, None).output)
-        decode = jax.jit(lambda x, start, cache, a=attention: a.decode(x, start, cache))
+        decode = jax.jit(attention.decode)
         cache = attention.init_cache(BATCH, SIZE)
-        output, cache = decode(x[:, :20], np.zeros(BATCH, np.int32), cache)
-        found = [np.asarray(output)]
-        expected = [whole[:, :20]]
-        start = np.asarray([7, 20, 1], np.int32)  # what lies beyond was padding
+        start = np.asarray([7, 20, 1], np.int32)
+        is_own = (np.arange(20) < start[:, None])[..., None]
+        filled = np.where(is_own, x[:, :20], normal(1, *x[:, :20].shape))
+        output, cache = decode(filled, np.zeros(BATCH, np.int32), cache, start)
+        found = [is_own * np.asarray(output)]
+        expected = [is_own * whole[:, :20]]
         for _ in range(25):
             rows = np.arange(BATCH)
             output, cache = decode(x[rows, start][:, None], start, cache)
