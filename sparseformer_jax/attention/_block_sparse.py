@@ -1,6 +1,7 @@
 """Attention whose pattern is a closed-form rule over blocks of tokens."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -75,13 +76,29 @@ class BlockSparseAttention(Attention):
         if num_queries > 1 or shard.seq_axes or not self.config.is_causal:
             mask = self._local_mask(num_queries, num_keys, num_heads, shard)
             return self._attend_blocks(query, key, value, mask, segment_ids)
-        rule, position = self.rule(), jnp.asarray(shard.query_offset)
+        position = jnp.full(query.shape[0], shard.query_offset)
+        keys = jnp.broadcast_to(jnp.arange(num_keys), key.shape[:2])
+        kept = self._visible(position, keys, num_heads, shard)
+        if segment_ids is not None:
+            of_query, of_keys = segment_ids
+            kept = kept & (of_query == of_keys)[:, None]
+        return self._attend_one(query, lambda _: (key, value, kept), 1)
+
+    def _visible(
+        self, positions: jax.Array, keys: jax.Array, num_heads: int, shard: Shard
+    ) -> jax.Array:
+        """Which keys [B, C] one query a sequence sees, by each pattern head of this device."""
+        rule = self.rule()
         heads = jnp.arange(max(1, rule.pattern_heads * num_heads // shard.num_heads))
         heads += shard.head_offset * rule.pattern_heads // shard.num_heads
-        kept = _one_query.visible(rule, heads, position, num_keys, self.window_size)
-        return _one_query.attend(
-            query, key, value, kept, segment_ids, self.config.scale, self.config.attention_soft_cap
-        )
+        return _one_query.visible(rule, heads, positions, keys, self.window_size)
+
+    def _attend_one(
+        self, query: jax.Array, chunk: Callable[[Any], _one_query.Chunk], num_chunks: Any
+    ) -> jax.Array:
+        """Attends to chunks of keys from one query a sequence."""
+        scale, cap = self.config.scale, self.config.attention_soft_cap
+        return _one_query.attend(query, chunk, num_chunks, scale, cap)
 
     def _attend_blocks(
         self,

@@ -23,6 +23,8 @@ Cache = dict[str, jax.Array]
 _KEYS = ("key", "value")
 _OF_QUERIES = frozenset({"x", "unrotated_query"})
 
+_CHUNK = 128  # places read at once: enough work for a product, little beyond what is written
+
 
 def fields(needs: Iterable[str], *, gathers_keys: bool) -> tuple[str, ...]:
     """Returns which arrays of `Inputs` a method's cache holds.
@@ -104,3 +106,27 @@ def read(cache: Cache, inputs: Inputs, start: Int[Array, " B"], layer: Any) -> I
     return dataclasses.replace(
         inputs, **cache, positions=positions, segment_ids=segment_ids, weights=weights
     )
+
+
+def num_chunks(cache: Cache, written: Int[Array, " B"]) -> Int[Array, ""]:
+    """Returns how many chunks of places hold all tokens, of which each row has written so many."""
+    size = cache["key"].shape[2]
+    return -(-jnp.minimum(jnp.max(written), size) // min(_CHUNK, size))
+
+
+def read_chunk(
+    cache: Cache, written: Int[Array, " B"], layer: Any, index: Any
+) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Int[Array, "B C"]]:
+    """Returns keys, values and positions of a chunk of places; those of no token are below 0."""
+    size = cache["key"].shape[2]
+    width = min(_CHUNK, size)
+    first = jnp.minimum(index * width, size - width)  # the last chunk reaches into the one before
+    key, value = (
+        jax.lax.dynamic_slice_in_dim(
+            jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False), first, width, axis=1
+        )
+        for name in _KEYS
+    )
+    places = first + jnp.arange(width)
+    is_new = (index * width <= places) & (places < written[:, None])
+    return key, value, jnp.where(is_new, places, -1)

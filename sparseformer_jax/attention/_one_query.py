@@ -1,50 +1,80 @@
-"""Attention of one query a sequence, as in decoding: one pass over its keys, without tiles."""
+"""Attention of one query a sequence, as in decoding: chunk by chunk of keys, without tiles."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.rules import Rule
-from sparseformer_jax.attention.inputs import SegmentIds
 from sparseformer_jax.model.layers import soft_cap
+
+# Keys and values [B, C, K, H] of a chunk, and which of them each pattern head keeps [B, P, C].
+Chunk = tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Bool[Array, "B P C"]]
 
 
 def visible(
     rule: Rule,
     pattern_heads: Int[Array, " P"],
-    position: Int[Array, ""],
-    num_keys: int,
+    queries: Int[Array, " B"],
+    keys: Int[Array, "B C"],
     window_size: int | None,
-) -> Bool[Array, "P S"]:
-    """Returns which of the keys up to a causal query's position its pattern has, by head."""
-    keys, size = jnp.arange(num_keys), rule.block_size or 1
-    kept = rule.visible(pattern_heads[:, None], position // size, keys // size)
-    kept = kept & (keys <= position)
+) -> Bool[Array, "B P C"]:
+    """Returns which keys causal queries see by their positions; one below 0 is of no token."""
+    size = rule.block_size or 1
+    query, key = queries[:, None, None], keys[:, None, :]
+    kept = rule.visible(pattern_heads[:, None], query // size, key // size)
+    kept = kept & (0 <= key) & (key <= query)
     if window_size is not None:
-        kept = kept & (position - keys < window_size)
-    return jnp.broadcast_to(kept, (len(pattern_heads), num_keys))
+        kept = kept & (query - key < window_size)
+    return jnp.broadcast_to(kept, (len(keys), len(pattern_heads), keys.shape[1]))
 
 
 def attend(
     query: Float[Array, "B 1 N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    kept: Bool[Array, "P S"],
-    segment_ids: SegmentIds | None,
+    chunk: Callable[[Any], Chunk],
+    num_chunks: int | Int[Array, ""],
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B 1 N H"]:
-    """Returns the attended values; every query sees itself, so no row of weights is empty."""
+    """Returns the attended values, by a softmax that adds up over chunks.
+
+        m' = max(m, max_j s_j),  l' = e^(m - m') l + sum_j e^(s_j - m'),  o' likewise,  o / l
+
+    Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", arXiv 1805.02867.
+
+    Args:
+      query: one of each sequence; it sees some key.
+      chunk: the keys by the number of their chunk.
+      num_chunks: how many there are, which may be known only when this runs.
+      scale: of the scores.
+      cap: of the scores; None: none.
+    """
     batch, _, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
-    grouped = query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     exact = {"precision": "highest", "preferred_element_type": jnp.float32}
-    scores = soft_cap(scale * jnp.einsum("bkgh,bskh->bkgs", grouped, key, **exact), cap)
-    mask = jnp.repeat(kept, num_heads // len(kept), axis=0)[None]
-    if segment_ids is not None:
-        of_query, of_keys = segment_ids
-        mask = mask & (of_query == of_keys)[:, None]
-    scores = jnp.where(mask.reshape(-1, *scores.shape[1:]), scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    output = jnp.einsum("bkgs,bskh->bkgh", weights, value, **exact)
-    return output.reshape(query.shape).astype(query.dtype)
+
+    def add(index: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        highest, total, output = sums
+        key, value, kept = chunk(index)
+        grouped = query.reshape(batch, key.shape[2], -1, head_dim)
+        scores = soft_cap(scale * jnp.einsum("bkgh,bskh->bkgs", grouped, key, **exact), cap)
+        scores = scores.reshape(batch, num_heads, -1)
+        mask = jnp.repeat(kept, num_heads // kept.shape[1], axis=1)
+        scores = jnp.where(mask, scores, -jnp.inf)
+        top = jnp.maximum(highest, jnp.max(scores, axis=-1))
+        # Where nothing is seen yet both are -inf.
+        shrink = jnp.where(highest == top, 1.0, jnp.exp(highest - top))
+        weights = jnp.where(mask, jnp.exp(scores - top[..., None]), 0.0)
+        cast = weights.astype(value.dtype).reshape(*grouped.shape[:3], -1)
+        added = jnp.einsum("bkgs,bskh->bkgh", cast, value, **exact)
+        output = shrink[..., None] * output + added.reshape(output.shape)
+        return top, shrink * total + jnp.sum(weights, axis=-1), output
+
+    start = (
+        jnp.full((batch, num_heads), -jnp.inf, jnp.float32),
+        jnp.zeros((batch, num_heads), jnp.float32),
+        jnp.zeros((batch, num_heads, head_dim), jnp.float32),
+    )
+    _, total, output = jax.lax.fori_loop(0, num_chunks, add, start)
+    return (output / total[..., None]).reshape(query.shape).astype(query.dtype)

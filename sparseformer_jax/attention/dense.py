@@ -11,10 +11,8 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from pallas_kernels.rules import Dense, Rule
-from sparseformer_jax.attention._block_sparse import (
-    BlockSparseAttention,
-    check_implementation,
-)
+from sparseformer_jax.attention._block_sparse import check_implementation
+from sparseformer_jax.attention._by_rule import RuleAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +35,7 @@ def check(options: Options, config: ConfigDict) -> None:
     check_implementation(options.implementation)
 
 
-class Method(BlockSparseAttention):
+class Method(RuleAttention):
     """Dense attention."""
 
     def rule(self) -> Rule:

@@ -23,10 +23,8 @@ from ml_collections import ConfigDict
 from pallas_kernels import BlockMask
 from pallas_kernels.rules import Dense, Local, Rule
 from sparseformer_jax.attention import dense
-from sparseformer_jax.attention._block_sparse import (
-    BlockSparseAttention,
-    check_implementation,
-)
+from sparseformer_jax.attention._block_sparse import check_implementation
+from sparseformer_jax.attention._by_rule import RuleAttention
 from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.checks import ConfigError
@@ -86,7 +84,7 @@ def check(options: Options, config: ConfigDict) -> None:
         raise ValueError("name='masformer' is a decoder's; set model.is_causal=True")
 
 
-class Method(BlockSparseAttention):
+class Method(RuleAttention):
     """MASFormer's short-span attention."""
 
     @classmethod

@@ -17,10 +17,8 @@ from ml_collections import ConfigDict
 
 from pallas_kernels.rules import Rule, Strided
 from sparseformer_jax.attention import dense
-from sparseformer_jax.attention._block_sparse import (
-    BlockSparseAttention,
-    check_implementation,
-)
+from sparseformer_jax.attention._block_sparse import check_implementation
+from sparseformer_jax.attention._by_rule import RuleAttention
 from sparseformer_jax.attention.base import Attention
 
 
@@ -97,7 +95,7 @@ def check(options: Options, config: ConfigDict) -> None:
         )
 
 
-class Method(BlockSparseAttention):
+class Method(RuleAttention):
     """S2-Attention."""
 
     @classmethod

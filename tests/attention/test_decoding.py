@@ -10,11 +10,17 @@ import pytest
 from flax import nnx
 
 from sparseformer_jax import mesh, registry
+from sparseformer_jax.attention import _cache
 from sparseformer_jax.model.config import ModelConfig
 from tests.model.harness import normal, randomized
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 BATCH, SIZE = 3, 45  # no multiple of any block
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    monkeypatch.setattr(_cache, "_CHUNK", 16)
 
 
 def attentions(name):
