@@ -10,15 +10,20 @@ from sparseformer_jax import registry
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.transformer import Transformer
+from sparseformer_jax.sparsity.layers import LayerWeights
 
 if TYPE_CHECKING:
     from sparseformer_jax.data import Tokenizer
 
 
 def make_model(
-    config: ConfigDict, *, marks: Sequence[Hashable] | None = None, rngs: nnx.Rngs
+    config: ConfigDict,
+    *,
+    marks: Sequence[Hashable] | None = None,
+    sparse_weights: Sequence[LayerWeights | None] | None = None,
+    rngs: nnx.Rngs,
 ) -> Transformer:
-    """Returns the transformer of a config, freshly initialised; `marks` as it takes them.
+    """Returns the transformer of a config, freshly initialised; what layers have as it takes it.
 
     Raises:
       ValueError: the attention method or one of its options is unknown.
@@ -26,7 +31,9 @@ def make_model(
     method = registry.method("attention", config.attention.name)
     options = registry.options("attention", config.attention)
     model = ModelConfig(**config.model)
-    return Transformer(model, method.Method, options, marks=marks, rngs=rngs)
+    return Transformer(
+        model, method.Method, options, marks=marks, sparse_weights=sparse_weights, rngs=rngs
+    )
 
 
 def make_tokenizer(config: ConfigDict) -> "Tokenizer":

@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
     attention.name = "dense"  # a module of sparseformer_jax/attention
     # The method's own options stand beside the name: see Options in its module.
 
+    config.sparsity = sparsity = ConfigDict()
+    sparsity.name = "none"  # of weights: a module of sparseformer_jax/sparsity; options alike
+
     config.data = data = ConfigDict()
     data.files = ()  # paths, directories, globs: .txt .py .md .jsonl, also .gz .xz;
     # empty: the standard library of the running Python

@@ -42,12 +42,12 @@ def costs(config: ConfigDict, model_def: ModelDef) -> Costs:
     key it attends to.
     """
     model, seq_len = config.model, config.data.seq_len
-    params, variables = model_def.params, model_def.variables
+    params = model_def.params
     weights = sum(v.size for v in params.values() if "in_dims" in v.get_metadata())
     if model.tie_embeddings:
         weights += model.vocab_size * model.embed_dim
     keys = (seq_len + 1) / 2 if model.is_causal else seq_len
-    layers = attention_layers(model_def.model(params, variables, 0))
+    layers = attention_layers(model_def.abstract_model())
     densities = tuple(layer.density(seq_len) for layer in layers)
     attention = 4 * model.num_heads * model.head_dim * keys * sum(densities)
     return Costs(
@@ -117,7 +117,7 @@ def _cache(config: ConfigDict, model_def: ModelDef) -> str:
     """A line on what a sequence costs while it is continued."""
     if not config.model.is_causal:
         return ""
-    model = model_def.model(model_def.params, model_def.variables, 0)
+    model = model_def.abstract_model()
     seq_len = config.data.seq_len
     cache = jax.eval_shape(lambda: model.init_cache(1, seq_len))
     num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

@@ -85,6 +85,14 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.reshard(x, spec(*axes)) if is_active() else x
 
 
+def num_shards(axis: str | None) -> int:
+    """Returns how many parts the current mesh cuts a dimension of this logical name into."""
+    if not is_active():
+        return 1
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[name] for name in LOGICAL_AXES[axis])
+
+
 def gathered_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
     """Returns the axes of a parameter in use: whole along `embed`, as FSDP gathers it."""
     return tuple(None if axis == "embed" else axis for axis in axes)

@@ -19,10 +19,13 @@ from ml_collections.config_dict import placeholder
 from sparseformer_jax.checks import ConfigError, check_choice, convert, suggest
 from sparseformer_jax.config_ranges import check_option
 
-KINDS = ("attention",)
+KINDS = ("attention", "sparsity")
 
 # What the methods of a folder share; not a method.
-_SHARED_MODULES = ("base", "inputs")
+_SHARED_MODULES = {
+    "attention": ("base", "inputs"),
+    "sparsity": ("base", "layers", "nm", "packing", "targets"),
+}
 
 
 def names(kind: str) -> tuple[str, ...]:
@@ -33,7 +36,9 @@ def names(kind: str) -> tuple[str, ...]:
     check_choice("kind of method", kind, KINDS)
     package = importlib.import_module(f"sparseformer_jax.{kind}")
     found = (module.name for module in pkgutil.iter_modules(package.__path__))
-    return tuple(sorted(n for n in found if n not in _SHARED_MODULES and not n.startswith("_")))
+    return tuple(
+        sorted(n for n in found if n not in _SHARED_MODULES[kind] and not n.startswith("_"))
+    )
 
 
 def method(kind: str, name: str) -> types.ModuleType:

@@ -1,6 +1,7 @@
 """Layers of equal kind, stacked and scanned: compile time does not grow with depth."""
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from sparseformer_jax.model.read_only import read_only
+from sparseformer_jax.sparsity.layers import LayerWeights
 
 Kind = TypeVar("Kind", bound=Hashable)
 
@@ -90,35 +92,41 @@ class LayerStack(nnx.Module):
         keys: Key[Array, "layers"] | None,
         step: Any = 0,
         weights: jax.Array | None = None,
+        sparsity_keys: Key[Array, "layers"] | None = None,
     ) -> tuple[jax.Array, Reports]:
         """Returns x after all layers, and what they report.
 
         `keys` are the randomness of each layer, None in evaluation; `step` is training's;
-        `weights` are those of tokens in losses and statistics.
+        `weights` are those of tokens in losses and statistics. With `sparsity_keys` each layer's
+        weights are made sparse here, as training has them; without they are used as they are.
         """
         graphdef, state = nnx.split(self.unit)
 
-        def body(
-            x: jax.Array, xs: tuple[Any, Key[Array, "unit"] | None]
-        ) -> tuple[jax.Array, Reports]:
-            state, keys = xs
+        def body(x: jax.Array, xs: tuple[Any, Any, Any]) -> tuple[jax.Array, Reports]:
+            state, keys, sparsity_keys = xs
             unit = nnx.merge(graphdef, state)
             reports = []
+            block: Any
             for index, block in enumerate(unit):
                 key = None if keys is None else keys[index]
+                if sparsity_keys is not None and block.sparse_weights is not None:
+                    block, report = _sparse(block, step, sparsity_keys[index], x, weights)
+                    reports.append(_of_unit(report, f"unit/{index}"))
                 with read_only(block):
                     x, report = block(x, positions, segment_ids, key, step, weights)
                 reports.append(_of_unit(report, f"unit/{index}"))
             return x, join_reports(reports)
 
-        if keys is not None:
-            keys = keys.reshape(self.repeats, len(self.unit))
-        x, reports = jax.lax.scan(rematerialized(body, self.remat), x, (state, keys))
+        xs = (state, self._by_unit(keys), self._by_unit(sparsity_keys))
+        x, reports = jax.lax.scan(rematerialized(body, self.remat), x, xs)
         return x, dataclasses.replace(
             reports,
             losses={name: jnp.sum(values) for name, values in reports.losses.items()},
             diagnostics={name: v.reshape(-1) for name, v in reports.diagnostics.items()},
         )
+
+    def _by_unit(self, keys: Key[Array, "layers"] | None) -> Key[Array, "R unit"] | None:
+        return None if keys is None else keys.reshape(self.repeats, len(self.unit))
 
     def init_cache(self, batch_size: int, size: int) -> list[Any]:
         """Returns the empty caches of each block of the unit, of all repeats."""
@@ -154,6 +162,16 @@ class LayerStack(nnx.Module):
         graphdef, state = nnx.split(self.unit)
         for repeat in range(self.repeats):
             yield from nnx.merge(graphdef, jax.tree.map(operator.itemgetter(repeat), state))
+
+
+def _sparse(
+    block: Any, step: Any, key: jax.Array, x: jax.Array, weights: jax.Array | None
+) -> tuple[Any, Reports]:
+    """A block with sparse weights; their losses count once a step, so as all tokens together."""
+    sparse_weights: LayerWeights = block.sparse_weights
+    block, losses, diagnostics = sparse_weights.apply(block, step, key)
+    total = math.prod(x.shape[:2]) if weights is None else jnp.sum(weights)
+    return block, Reports({name: total * value for name, value in losses.items()}, diagnostics)
 
 
 def rematerialized(function: Callable[..., Any], policy: str) -> Callable[..., Any]:

@@ -33,6 +33,7 @@ from sparseformer_jax.model.stack import (
     layer_keys,
     prefixed,
 )
+from sparseformer_jax.sparsity.layers import LayerWeights
 
 
 @jax.tree_util.register_dataclass
@@ -83,6 +84,7 @@ class Block(nnx.Module):
         self, config: ModelConfig, attention: type[Attention], options: Any, *, rngs: nnx.Rngs
     ) -> None:
         self.dropout = config.dropout
+        self.sparse_weights: LayerWeights | None = None
         # Apart, so that a method with parameters of its own leaves the others as they are.
         attention_rngs, mlp_rngs = nnx.Rngs(rngs.params()), nnx.Rngs(rngs.params())
         self.attention_norm = Norm(config.embed_dim, config.norm, config)
@@ -146,17 +148,23 @@ class LayerKind:
       config: settings of the layer.
       attention: its method.
       options: of the method.
+      sparse_weights: which of its weights are sparse, and how; None: none is.
       mark: anything else.
     """
 
     config: ModelConfig
     attention: type[Attention]
     options: Any
+    sparse_weights: LayerWeights | None
     mark: Hashable
 
     def block(self, *, rngs: nnx.Rngs) -> Block:
         """Returns a layer of the kind."""
-        return Block(self.config, self.attention, self.options, rngs=rngs)
+        block = Block(self.config, self.attention, self.options, rngs=rngs)
+        if self.sparse_weights is not None:
+            self.sparse_weights.attach(block)
+            block.sparse_weights = self.sparse_weights
+        return block
 
 
 def layer_kinds(
@@ -164,13 +172,15 @@ def layer_kinds(
     attention: type[Attention],
     options: Any,
     marks: Sequence[Hashable] | None = None,
+    sparse_weights: Sequence[LayerWeights | None] | None = None,
 ) -> list[LayerKind]:
     """Returns the kind of each layer; the arguments are those of `Transformer`."""
     methods = attention.layer_kinds(options, config.num_layers)
-    marked = zip(methods, marks or [None] * config.num_layers, strict=True)
+    nothing = [None] * config.num_layers
+    each = zip(methods, sparse_weights or nothing, marks or nothing, strict=True)
     return [
-        LayerKind(config.of_layer(layer), method, own, mark)
-        for layer, ((method, own), mark) in enumerate(marked)
+        LayerKind(config.of_layer(layer), method, own, sparse, mark)
+        for layer, ((method, own), sparse, mark) in enumerate(each)
     ]
 
 
@@ -182,10 +192,13 @@ class Transformer(nnx.Module):
       attention: the method.
       options: of the method.
       marks: one a layer; layers of different marks are not stacked together. None: equal.
+      sparse_weights: of each layer, which of its weights are sparse. None: none is.
       rngs: random streams for the parameters; those of a layer follow from its number.
 
     Attributes:
       step: of training, a scalar; what follows a schedule reads it.
+      sparsity_key: of the step's noise in sparse weights, which are made as training has them;
+        None: weights are used as they are.
 
     Raises:
       ValueError: `position` is "learned" and a sequence is longer than `max_positions`, or,
@@ -199,17 +212,19 @@ class Transformer(nnx.Module):
         options: Any,
         *,
         marks: Sequence[Hashable] | None = None,
+        sparse_weights: Sequence[LayerWeights | None] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
         self.step: Any = 0
+        self.sparsity_key: Any = None
         self.embedding = Embedding(config.vocab_size, ("vocab", "embed"), config, rngs=rngs)
         self.position_embedding = (
             Embedding(config.max_positions, (None, "embed"), config, rngs=rngs)
             if config.position == "learned"
             else None
         )
-        groups = group_layers(layer_kinds(config, attention, options, marks))
+        groups = group_layers(layer_kinds(config, attention, options, marks, sparse_weights))
         sizes = [len(unit) * repeats for unit, repeats in groups]
         keys = _split_rows(layer_keys(rngs.params(), config.num_layers), sizes)
         self.stacks = nnx.List(
@@ -276,9 +291,10 @@ class Transformer(nnx.Module):
         embed_rng, layers_rng = (None, None) if rng is None else jax.random.split(rng)
         x = dropout(self.embed(tokens, positions), self.config.dropout, embed_rng)
         reports = []
-        keys = self._layer_keys(layers_rng)
+        keys = zip(self._layer_keys(layers_rng), self._layer_keys(self.sparsity_key), strict=True)
         for index, (stack, own_keys) in enumerate(zip(self.stacks, keys, strict=True)):
-            x, report = stack(x, positions, segment_ids, own_keys, self.step, weights)
+            rng, sparsity_keys = own_keys
+            x, report = stack(x, positions, segment_ids, rng, self.step, weights, sparsity_keys)
             statistics = prefixed(report.statistics, f"stacks/{index}")
             reports.append(dataclasses.replace(report, statistics=statistics))
         joined = join_reports(reports)

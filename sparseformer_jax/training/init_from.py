@@ -1,7 +1,6 @@
 """Starts a run with the parameters of another one, by the names of layers."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +10,12 @@ from ml_collections import ConfigDict
 from sparseformer_jax import config as config_lib
 from sparseformer_jax import registry
 from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.sparsity.targets import KERNEL
+from sparseformer_jax.training import weight_sparsity
 from sparseformer_jax.training.checkpoint import Checkpoints
+from sparseformer_jax.training.masks import priors, split_source
 from sparseformer_jax.training.restore import Stored, differences, first_names
-from sparseformer_jax.training.state import ModelDef, TrainState, init_state, new_state
+from sparseformer_jax.training.state import ModelDef, Params, TrainState, init_state, new_state
 
 # What a token means.
 _TOKENS = ("data.tokenizer", "data.bos_token", "data.eos_token")
@@ -35,8 +37,9 @@ def first_state(
     config = model_def.config
     source = config.init_from
     if not source:
-        return jax.jit(lambda: init_state(model_def, optimizer, key))(), []
-    workdir, step = _split(source)
+        fresh = jax.jit(lambda priors: init_state(model_def, optimizer, key, priors))
+        return fresh(priors(model_def)), []
+    workdir, step = split_source(source)
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"init_from={source!r}: {workdir} holds no checkpoints")
     with Checkpoints(workdir) as checkpoints:
@@ -47,17 +50,23 @@ def first_state(
         others = _other_settings(config_lib.from_json(checkpoints.meta(step).config), config)
     note = f"parameters start from step {step} of {workdir}"
     if new:
-        note += f"; of {config.attention.name} itself, initialised: {first_names(new)}"
+        names = [name for name in (config.attention.name, config.sparsity.name) if name != "none"]
+        note += f"; of {' and '.join(names)} itself, initialised: {first_names(new)}"
     if others:
         note += f"; they were trained with other settings: {'; '.join(others)}"
-    state = jax.jit(lambda params, variables: new_state(model_def, optimizer, params, variables))
-    return state(params, variables), [note]
+    masked = [name for name in model_def.targets if set(_state_of(model_def, name)) & set(new)]
+
+    def start(params: Params, variables: Params, priors: Params) -> TrainState:
+        started = weight_sparsity.start(model_def, params, variables, key, priors, masked)
+        return new_state(model_def, optimizer, *started)
+
+    return jax.jit(start)(params, variables, priors(model_def)), [note]
 
 
-def _split(source: str) -> tuple[Path, int | None]:
-    """Splits WORKDIR or WORKDIR:STEP."""
-    match = re.fullmatch(r"(.+):(\d+)", source)
-    return (Path(match[1]), int(match[2])) if match else (Path(source), None)
+def _state_of(model_def: ModelDef, name: str) -> list[str]:
+    """The names by layer of a sparse weight's state."""
+    path = name.removesuffix(KERNEL)
+    return [n for own in model_def.sparsity.variables for n in model_def.names.of(f"{path}{own}")]
 
 
 def _other_settings(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -91,9 +100,10 @@ def _load(model_def: ModelDef, stored: Stored, key: jax.Array) -> tuple[Any, lis
 
 
 def _new_names(config: ConfigDict, wanted: dict[str, Any], stored: Stored) -> list[str]:
-    """What the method adds to dense attention and the other run has in no layer."""
+    """What the methods add to a dense model and the other run has in no layer."""
     dense = config.copy_and_resolve_references()
     dense.attention = registry.method_config("attention", "dense")
+    dense.sparsity = registry.method_config("sparsity", "none")
     dense.train.trainable = "all"
     base = ModelDef(dense)
     shared = {layer for name in (*base.params, *base.variables) for layer in base.names.of(name)}

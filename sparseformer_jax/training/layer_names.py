@@ -74,7 +74,7 @@ class LayerNames:
                     entries[layer] = jax.tree.unflatten(treedef, row)
             return entries
 
-        return _map_named(split, tree, self._names.keys())
+        return map_named(split, tree, self._names.keys())
 
     def stack(self, tree: Tree, put: Callable[[jax.Array], jax.Array] = lambda x: x) -> Tree:
         """Returns the tree with layers stacked again: the inverse of `split`.
@@ -97,13 +97,13 @@ class LayerNames:
                     stacked[name] = jax.tree.map(lambda *x: jnp.stack(list(map(put, x))), *rows)
             return stacked
 
-        return _map_named(stack, tree, self._all)
+        return map_named(stack, tree, self._all)
 
 
-def _map_named(
+def map_named(
     function: Callable[[dict[str, Any]], dict[str, Any]], tree: Any, names: Iterable[str]
 ) -> Any:
-    """Applies the function to every dictionary whose keys are names of variables."""
+    """Returns the tree with each dictionary by names of variables, all of them known, changed."""
     known = set(names)
 
     def is_named(node: Any) -> bool:

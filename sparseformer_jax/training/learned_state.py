@@ -42,7 +42,7 @@ def update_variables(model_def: ModelDef, variables: Params, statistics: Params)
 
 def _modules(model_def: ModelDef) -> Iterator[tuple[str, Attention]]:
     """The attention modules by path, of abstract arrays; layers that scan share theirs."""
-    model = model_def.model(model_def.params, model_def.variables, 0)
+    model = model_def.abstract_model()
     for number, stack in enumerate(model.stacks):
         block: Any
         for index, block in enumerate(stack.unit):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -12,10 +12,14 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from sparseformer_jax import mesh
+from sparseformer_jax import mesh, registry
 from sparseformer_jax.build import make_model
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.transformer import Transformer
+from sparseformer_jax.sparsity.base import Target, WeightSparsity, hard
+from sparseformer_jax.sparsity.layers import LayerWeights
+from sparseformer_jax.sparsity.targets import KERNEL, choose
+from sparseformer_jax.training import weight_sparsity
 from sparseformer_jax.training.layer_names import LayerNames
 
 Tree = TypeVar("Tree")
@@ -50,12 +54,22 @@ class ModelDef:
       config: the config it was made from.
       params: name -> abstract `nnx.Param` with its metadata.
       variables: the same of every other variable.
+      sparsity: the method of weight sparsity.
+      targets: weights that it makes sparse, by their names.
     """
 
     def __init__(self, config: ConfigDict) -> None:
         self.config = config
+        options = registry.options("sparsity", config.sparsity)
+        self.sparsity: WeightSparsity = registry.method("sparsity", config.sparsity.name).Method(
+            options
+        )
+        self.targets: dict[str, Target] = {}
         self._marks: list[Hashable] | None = None
+        self._sparse_weights: list[LayerWeights | None] | None = None
         self._trace()
+        if options.targets:
+            self._choose_targets(options.targets)
         marks = self._trainable_marks()
         if len(set(marks)) > 1:
             # What only some layers train, they get stacks of their own for.
@@ -64,7 +78,7 @@ class ModelDef:
 
     def _trace(self) -> None:
         """Takes structure and names from the model, without making an array."""
-        model = nnx.eval_shape(lambda: make_model(self.config, marks=self._marks, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
         self._graphdef, state = nnx.split(model)
         flat = dict(nnx.to_flat_state(state))
         self._paths = {"/".join(map(str, path)): path for path in flat}
@@ -78,6 +92,35 @@ class ModelDef:
             name: v for name, v in named.items() if name not in self.params
         }
         self.names = LayerNames({name: v.shape for name, v in named.items()})
+        self.targets = self._stacked_targets()
+
+    def _make(self, rngs: nnx.Rngs) -> Transformer:
+        return make_model(
+            self.config, marks=self._marks, sparse_weights=self._sparse_weights, rngs=rngs
+        )
+
+    def _choose_targets(self, targets: Sequence[str]) -> None:
+        """Traces the model once more, with state beside the weights that are to be sparse."""
+        variables = {layer: v for name, v in self.params.items() for layer in self.names.of(name)}
+        of_layers: dict[str, list[tuple[str, Target]]] = {}
+        for name, target in choose(targets, variables, self.sparsity).items():
+            _, number, path = name.split("/", 2)
+            of_layers.setdefault(number, []).append((path.removesuffix(f"/{KERNEL}"), target))
+        self._sparse_weights = [
+            LayerWeights(self.sparsity, tuple(own)) if (own := of_layers.get(str(number))) else None
+            for number in range(self.config.model.num_layers)
+        ]
+        self._trace()
+
+    def _stacked_targets(self) -> dict[str, Target]:
+        """The targets of all layers, by the names of their stacked weights."""
+        by_layer = {
+            f"layers/{number}/{path}/{KERNEL}": target
+            for number, weights in enumerate(self._sparse_weights or ())
+            for path, target in (weights.targets if weights else ())
+        }
+        first = {name: self.names.of(name)[0] for name in self.params}
+        return {name: by_layer[layer] for name, layer in first.items() if layer in by_layer}
 
     def to_layers(self, tree: Tree) -> Tree:
         """Returns a tree by the names of layers: "layers/7/attention/query/kernel".
@@ -103,20 +146,61 @@ class ModelDef:
         return self.names.stack(tree)
 
     def model(
-        self, params: Mapping[str, Any], variables: Mapping[str, Any], step: Any
+        self,
+        params: Mapping[str, Any],
+        variables: Mapping[str, Any],
+        step: Any,
+        sparsity_key: jax.Array | None = None,
     ) -> Transformer:
-        """Returns the model as it is at a step: the one way from a state to a model."""
+        """Returns the model as it is at a step: the one way from a state to a model.
+
+        Args:
+          params: of a state.
+          variables: of a state.
+          step: of training.
+          sparsity_key: of the noise in sparse weights, in training; None, in evaluation: they
+            are those of their hard masks.
+        """
         values = {**params, **variables}
-        flat = [(path, values[name]) for name, path in self._paths.items()]
-        model = nnx.merge(self._graphdef, nnx.from_flat_state(flat))
-        model.step = step
+        if sparsity_key is None:
+            values |= self.hard_weights(values)
+        model = self._merge(values)
+        model.step, model.sparsity_key = step, sparsity_key
         return model
+
+    def abstract_model(self) -> Transformer:
+        """Returns the model with shapes in place of arrays."""
+        return self._merge({**self.params, **self.variables})
+
+    def _merge(self, values: Mapping[str, Any]) -> Transformer:
+        flat = [(path, values[name]) for name, path in self._paths.items()]
+        return nnx.merge(self._graphdef, nnx.from_flat_state(flat))
+
+    def sparsity_state(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the state of a sparse weight, by its own names, out of the values of all."""
+        path = name.removesuffix(KERNEL)
+        return {own: values[f"{path}{own}"] for own in self.sparsity.variables}
+
+    def masks(self, values: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Returns the hard masks of sparse weights, by the weights' names; True keeps.
+
+        Args:
+          values: parameters and variables of a state, at least those of sparse weights.
+        """
+        return {
+            name: self.sparsity.kept(values[name], self.sparsity_state(name, values), target)
+            for name, target in self.targets.items()
+        }
+
+    def hard_weights(self, values: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Returns sparse weights with zeros where their masks drop them; see `masks`."""
+        return {name: hard(values[name], kept) for name, kept in self.masks(values).items()}
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """Returns fresh parameters and other variables, sharded over the current mesh."""
 
         def init(key: jax.Array) -> Params:
-            model = make_model(self.config, marks=self._marks, rngs=nnx.Rngs(key))
+            model = self._make(nnx.Rngs(key))
             state = nnx.as_pure(nnx.state(model))
             flat = dict(nnx.to_flat_state(state))
             return {name: flat[path] for name, path in self._paths.items()}
@@ -130,6 +214,11 @@ class ModelDef:
         variable = self.params.get(name) or self.variables[name]
         axes = variable.get_metadata("axes")
         return mesh.spec(*(None,) * (variable.ndim - len(axes)), *axes)
+
+    def layer_shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of one layer's part of a variable."""
+        variable = self.params.get(name) or self.variables[name]
+        return tuple(variable.shape[axis] for axis in self.layer_axes(name))
 
     def layer_axes(self, name: str) -> tuple[int, ...]:
         """Returns the axes of a variable that are one layer's: all but that of the stack."""
@@ -199,10 +288,21 @@ def _check_variable(name: str, variable: Any) -> None:
 
 
 def init_state(
-    model_def: ModelDef, optimizer: optax.GradientTransformation, key: jax.Array
+    model_def: ModelDef,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    priors: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """Returns the state before the first step, freshly initialised."""
-    return new_state(model_def, optimizer, *model_def.init(key))
+    """Returns the state before the first step, freshly initialised.
+
+    Args:
+      model_def: of the model.
+      optimizer: of its trainable parameters.
+      key: of all that is drawn.
+      priors: masks to start from, by the names of weights.
+    """
+    started = weight_sparsity.start(model_def, *model_def.init(key), key, priors or {})
+    return new_state(model_def, optimizer, *started)
 
 
 def new_state(

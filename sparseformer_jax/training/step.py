@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from sparseformer_jax.model.loss import cross_entropy
+from sparseformer_jax.training import weight_sparsity
 from sparseformer_jax.training.learned_state import update_variables
 from sparseformer_jax.training.state import ModelDef, Params, TrainState
 
 Batch = dict[str, jax.Array]  # each [A, B/A, T]: accumulation pieces, rows, tokens
 Metrics = dict[str, Any]
+
+# No number of a step: what is drawn for sparse weights is drawn for nothing else.
+_SPARSITY = 2**32 - 1
 
 
 def make_train_step(
@@ -42,7 +46,9 @@ def make_train_step(
     def piece_loss(
         trainable: Params, state: TrainState, batch: Batch, rng: jax.Array, total: jax.Array
     ) -> tuple[jax.Array, tuple[Metrics, Params]]:
-        model = model_def.model({**state.params, **trainable}, state.variables, state.step)
+        params = {**state.params, **trainable}
+        sparsity_key = _sparsity_key(model_def, state.step)
+        model = model_def.model(params, state.variables, state.step, sparsity_key)
         inputs = (batch[name] for name in ("inputs", "positions", "segment_ids", "weights"))
         output = model.features(*inputs, rng=rng)
         nll, log_z2 = cross_entropy(model, output.hidden, batch["targets"], batch["weights"])
@@ -69,6 +75,16 @@ def make_train_step(
         updates, opt_state = _update(optimizer, grads, state.opt_state, trainable)
         updated = optax.apply_updates(trainable, updates)
         variables = update_variables(model_def, state.variables, statistics)
+        params, variables, opt_state, changes = weight_sparsity.update(
+            model_def,
+            trainable,
+            {**state.params, **updated},
+            variables,
+            opt_state,
+            state.step + 1,
+            schedule(state.step),
+        )
+        updated = {name: params[name] for name in names}
         squares = _squares(model_def, updated)
         variable_squares = _squares(model_def, _floating(variables))
         metrics |= {
@@ -77,15 +93,23 @@ def make_train_step(
             "param_norm": _norm(squares),
             "learning_rate": schedule(state.step),
             "tokens": total,
+            **changes,
             "nonfinite": {n: ~jnp.isfinite(grad_squares[n] + squares[n]) for n in names}
             | {n: ~jnp.isfinite(x) for n, x in variable_squares.items()},
         }
         if variable_squares:
             metrics["variable_norm"] = _norm(variable_squares)
-        params = {**state.params, **updated}
         return TrainState(state.step + 1, params, variables, opt_state), metrics
 
     return train_step
+
+
+def _sparsity_key(model_def: ModelDef, step: jax.Array) -> jax.Array | None:
+    """The key of a step's noise in sparse weights: one for all pieces, as their masks are."""
+    if not model_def.targets:
+        return None
+    stream = jax.random.fold_in(jax.random.key(model_def.config.seed), _SPARSITY)
+    return jax.random.fold_in(stream, step)
 
 
 def _accumulate(

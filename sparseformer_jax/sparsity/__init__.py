@@ -1,0 +1,1 @@
+"""Learned sparsity of weights: n of every m along what products sum over."""

@@ -1,0 +1,64 @@
+"""Masks of other runs, from which sparsity starts."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sparseformer_jax import config as config_lib
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.training.checkpoint import Checkpoints
+from sparseformer_jax.training.restore import differences, restore_state
+from sparseformer_jax.training.state import ModelDef
+
+
+def split_source(source: str) -> tuple[Path, int | None]:
+    """Splits WORKDIR or WORKDIR:STEP."""
+    match = re.fullmatch(r"(.+):(\d+)", source)
+    return (Path(match[1]), int(match[2])) if match else (Path(source), None)
+
+
+def masks_of_run(workdir: Path, step: int | None = None) -> dict[str, jax.Array]:
+    """Returns the hard masks of a run by the names of weights, layer by layer, on the mesh.
+
+    Raises:
+      ConfigError: there is no such checkpoint, or no weight of it is sparse.
+    """
+    if not (workdir / "checkpoints").is_dir():
+        raise ConfigError(f"{workdir} holds no checkpoints")
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.latest_step if step is None else step
+        if step is None:
+            raise ConfigError(f"{workdir} holds no complete checkpoint")
+        config = config_lib.completed(config_lib.from_json(checkpoints.meta(step).config))
+    model_def = ModelDef(config)
+    if not model_def.targets:
+        raise ConfigError(f"{workdir} is a dense checkpoint: it has no masks")
+    state = restore_state(model_def, workdir, step)
+    masks = jax.jit(lambda params, variables: model_def.masks({**params, **variables}))
+    return model_def.to_layers(masks(state.params, state.variables))
+
+
+def priors(model_def: ModelDef) -> dict[str, Any]:
+    """Returns the masks that a config's sparsity starts from, by the names of stacked weights.
+
+    Raises:
+      ConfigError: `sparsity.prior` names no run with masks of all these weights.
+    """
+    source = model_def.sparsity.prior_run
+    if not source:
+        return {}
+    try:
+        masks = masks_of_run(*split_source(source))
+    except ValueError as error:
+        raise ConfigError(f"sparsity.prior={source!r}: {error}") from None
+    wanted = {
+        layer: jax.ShapeDtypeStruct(model_def.layer_shape(name), bool)
+        for name in model_def.targets
+        for layer in model_def.names.of(name)
+    }
+    masks = {name: kept for name, kept in masks.items() if name in wanted}
+    if wrong := differences(masks, wanted):
+        raise ConfigError(f"sparsity.prior={source!r}: does not fit the model: {wrong}")
+    return model_def.from_layers(masks)
