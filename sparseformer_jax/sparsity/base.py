@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
@@ -37,10 +38,12 @@ class Target:
     Attributes:
       pattern: what is kept of it in the end; None: what a given mask says.
       axis: along which its groups lie, negative: the last that its product sums over.
+      ndim: dimensions of a layer's weight.
     """
 
     pattern: Pattern | None
     axis: int
+    ndim: int
 
 
 @jax.tree_util.register_dataclass
@@ -67,8 +70,8 @@ class WeightSparsity:
     Attributes:
       options: of the method.
       variables: its state by name, with the type of each variable: an `nnx.Param` is trained by
-        gradients, with float32 accuracy whatever the weights have. An array of state has the
-        weight's dimensions, shorter ones where entries share a number, and may have more behind.
+        gradients. An array of state has the weight's dimensions, shorter where entries share a
+        number, and may have more in front of them.
     """
 
     options: Any
@@ -83,6 +86,17 @@ class WeightSparsity:
     def resets_moments(self) -> bool:
         """Whether the optimiser forgets its moments of an entry that a mask takes or drops."""
         return False
+
+    def optimizer_group(self, name: str) -> dict[str, float]:
+        """Returns `learning_rate_multiplier` and `weight_decay` of a trained state; {}: none."""
+        return {}
+
+    def training_density(self, pattern: Pattern, steps: np.ndarray) -> np.ndarray:
+        """Returns the part of a dense weight's training FLOPs that steps need, [S].
+
+        A third each for the product, the gradient of its input and that of the weight.
+        """
+        raise NotImplementedError
 
     def largest_group(self, pattern: Pattern) -> int:
         """Returns the most entries of a group that a weight of a pattern is ever cut into."""

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from sparseformer_jax.sparsity import nm
@@ -73,6 +74,10 @@ class Method(WeightSparsity):
     ) -> tuple[Any, State]:
         """Returns dropped entries as they were: weight decay does not reach them."""
         return jnp.where(state["mask"], weight, old), state
+
+    def training_density(self, pattern: nm.Pattern, steps: np.ndarray) -> np.ndarray:
+        """Returns the pattern's density."""
+        return np.full(len(steps), pattern.density)
 
     def kept(self, weight: Any, state: State, target: Target) -> Any:
         """Returns the mask."""

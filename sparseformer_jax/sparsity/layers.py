@@ -35,9 +35,10 @@ class LayerWeights:
             )
             for name, kind in self.method.variables.items():
                 array = state[name]
-                behind = (None,) * (array.ndim - weight.ndim)
+                axes = (*(None,) * (array.ndim - weight.ndim), *weight.axes)
                 value = jnp.zeros(array.shape, array.dtype)
-                setattr(module, name, kind(value, axes=(*weight.axes, *behind)))
+                group: dict[str, Any] = self.method.optimizer_group(name)
+                setattr(module, name, kind(value, axes=axes, **group))
 
     def apply(
         self, layer: nnx.Module, step: Any, key: Key[Array, ""]

@@ -111,7 +111,7 @@ def _target(choice: _Choice, name: str, variable: nnx.Variable, method: WeightSp
     axis = metadata["in_dims"] - 1 - len(axes)
     if choice.pattern is not None:
         _check_groups(choice, name, variable.shape[axis], axes[axis], method)
-    return Target(choice.pattern, axis)
+    return Target(choice.pattern, axis, len(axes))
 
 
 def _check_groups(

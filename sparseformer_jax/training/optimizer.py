@@ -1,10 +1,15 @@
 """Learning-rate schedules and optimisers, from optax."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
+
+
+# In the metadata of a variable that has an optimiser of its own.
+_MULTIPLIER = "learning_rate_multiplier"
 
 
 def make_schedule(optimizer: ConfigDict, num_steps: int) -> optax.Schedule:
@@ -45,20 +50,58 @@ def make_optimizer(
 
     Weight decay acts on projection kernels only. Muon (Jordan et al. 2024) is scaled to
     AdamW's update size, 0.2 sqrt(max(in, out)), so both take the same learning rates
-    (Liu et al. 2025, section 2.2). Clipping is the trainer's.
+    (Liu et al. 2025, section 2.2). What a method of sparsity trains beside weights has an AdamW
+    of its own, whose weight decay and share of the learning rate the method says. Clipping is
+    the trainer's.
     """
+    own = {n: v.get_metadata() for n, v in variables.items() if _MULTIPLIER in v.get_metadata()}
+    weights = {name: v for name, v in variables.items() if name not in own}
+    if not own:
+        return _of_weights(optimizer, num_steps, weights)
+    optimizers, labels = {}, dict.fromkeys(weights, "weights")
+    if weights:
+        optimizers["weights"] = _of_weights(optimizer, num_steps, weights)
+    for name, group in own.items():
+        multiplier, weight_decay = group[_MULTIPLIER], group["weight_decay"]
+        labels[name] = f"rate x {multiplier}, decay {weight_decay}"
+        optimizers[labels[name]] = _adamw(
+            optimizer, num_steps, weight_decay=weight_decay, multiplier=multiplier
+        )
+    return optax.partition(optimizers, labels)
+
+
+def _adamw(
+    optimizer: ConfigDict,
+    num_steps: int,
+    *,
+    weight_decay: float,
+    multiplier: float = 1.0,
+    mask: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformation:
     schedule = make_schedule(optimizer, num_steps)
-    is_matrix = {name: "in_dims" in v.get_metadata() for name, v in variables.items()}
-    adamw = optax.adamw(
-        schedule,
+    return optax.adamw(
+        schedule if multiplier == 1 else lambda step: multiplier * schedule(step),
         b1=optimizer.b1,
         b2=optimizer.b2,
         eps=optimizer.eps,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+
+
+def _of_weights(
+    optimizer: ConfigDict, num_steps: int, variables: Mapping[str, nnx.Variable]
+) -> optax.GradientTransformation:
+    is_matrix = {name: "in_dims" in v.get_metadata() for name, v in variables.items()}
+    adamw = _adamw(
+        optimizer,
+        num_steps,
         weight_decay=optimizer.weight_decay,
-        mask=lambda params: {name: is_matrix[name] for name in params},
+        mask=lambda params: {name: is_matrix.get(name, False) for name in params},
     )
     if optimizer.name == "adamw":
         return adamw
+    schedule = make_schedule(optimizer, num_steps)
     # optax's Muon would give the other parameters Nesterov momentum, so AdamW is our own.
     axes = {name: _matrix_axes(variables[name]) for name, matrix in is_matrix.items() if matrix}
     muon = optax.contrib.muon(
