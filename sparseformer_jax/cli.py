@@ -41,6 +41,7 @@ Continues a prompt with a trained model.
   python -m sparseformer_jax.generate --workdir=/tmp/run --prompt="def "
   python -m sparseformer_jax.generate --workdir=/tmp/run --temperature=0 --num_tokens=80
   python -m sparseformer_jax.generate --workdir=/tmp/run --prompt_file=notes.txt --top_p=0.9
+  python -m sparseformer_jax.generate --workdir=/tmp/run --prompt="Q: " --stop='\\n' --stop="A:"
   echo -n "def " | python -m sparseformer_jax.generate --workdir=/tmp/run --prompt_file=-
 
 An installed package has the same command as `sparseformer-generate`.
@@ -114,6 +115,9 @@ def sample(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_string("prompt", "", "text to continue", own)
     flags.DEFINE_string("prompt_file", "", "file of the text to continue; -: standard input", own)
     flags.DEFINE_integer("num_tokens", 256, "tokens to sample at most", 1, flag_values=own)
+    flags.DEFINE_multi_string(
+        "stop", [], r"text to end before, \n for a new line; may be repeated", own
+    )
     flags.DEFINE_float("temperature", 0.8, "of the softmax; 0: the likeliest", 0.0, flag_values=own)
     flags.DEFINE_integer("top_k", 0, "draw from so many of the likeliest; 0: all", flag_values=own)
     flags.DEFINE_float(
@@ -218,10 +222,13 @@ def _sample(own: flags.FlagValues, argv: list[str]) -> None:
 
     choice = Choice(own.temperature, own.top_k, own.top_p)
     workdir, prompt = pathlib.Path(own.workdir), _prompt(own)
+    stop = [command.unescaped(text) for text in own.stop]
+    if "" in stop:
+        raise ConfigError("--stop=: empty; name a text, or leave it out")
     sampler = Sampler(config, workdir, step=own.step, choice=choice, seed=own.seed)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know every character
         sys.stdout.reconfigure(errors="replace")
-    pieces = sampler.stream(prompt, own.num_tokens)
+    pieces = sampler.stream(prompt, own.num_tokens, stop)
     for piece in itertools.chain([prompt], pieces, ["\n"]):
         sys.stdout.write(piece)
         sys.stdout.flush()

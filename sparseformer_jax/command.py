@@ -185,6 +185,11 @@ def text(own: flags.FlagValues, name: str, help_text: str) -> None:
     flags.DEFINE_string(name, None, help_text, own)
 
 
+def unescaped(value: str) -> str:
+    r"""Returns a flag's text with new lines and tabs for \n and \t, which a shell hardly passes."""
+    return value.replace(r"\n", "\n").replace(r"\t", "\t")
+
+
 def number(own: flags.FlagValues, name: str, help_text: str) -> None:
     """Adds a flag of a number from 0; None unless given."""
     flags.DEFINE_integer(name, None, help_text, 0, flag_values=own)

@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
     data.tokenizer = "bytes"  # "bytes" | path of a Hugging Face tokenizer.json
     data.bos_token = "<bos>"  # put before every document; empty: none
     data.eos_token = "<eos>"  # put after every document; empty: none
+    data.stop_tokens = ()  # end a continuation as eos_token does, e.g. that of a chat's turn
     data.seq_len = 512  # tokens in a training example
     data.shuffle = True  # order of documents and of examples, by the seed
     data.prefetch = 16  # batches read ahead; 0: none

@@ -42,8 +42,8 @@ def calls(monkeypatch) -> list[tuple]:
         def __init__(self, config, workdir, **options) -> None:
             self.options = options
 
-        def stream(self, prompt, num_tokens) -> list[str]:
-            made.append((prompt, num_tokens, self.options))
+        def stream(self, prompt, num_tokens, stop) -> list[str]:
+            made.append((prompt, num_tokens, stop, self.options))
             return [" and", " eggs"]
 
     stub("training.loop", train=train)
@@ -214,7 +214,10 @@ def test_sample_continues_the_prompt(calls, capsys, tmp_path):
     cli.sample(["generate.py", *argv])
     assert capsys.readouterr().out == "spam and eggs\n"
     options = {"choice": Choice(0.0), "seed": 0, "step": None}
-    assert calls == [("spam", 256, options)]
+    assert calls == [("spam", 256, [], options)]
+    cli.sample(["generate.py", *argv, r"--stop=\n\n", "--stop=Q:"])
+    assert calls[1][2] == ["\n\n", "Q:"]
+    assert "--stop=: empty" in mistake(capsys, *argv, "--stop=", command=cli.sample)
     message = mistake(capsys, f"--workdir={tmp_path}", "--temperature=-1", command=cli.sample)
     assert "--temperature=-1" in message
 

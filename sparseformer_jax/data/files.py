@@ -74,6 +74,11 @@ def find_files(patterns: Sequence[str]) -> list[TextFile]:
     return list(files)
 
 
+def text_file(path: Path) -> TextFile:
+    """Returns the file of a path, plain text where its name does not tell another kind."""
+    return TextFile(path, _kind(path) or ".txt")
+
+
 def _expand(pattern: str) -> list[TextFile]:
     path = os.path.expanduser(pattern)
     # What exists is no pattern, whatever characters it has.

@@ -23,12 +23,14 @@ class Tokenizer(Protocol):
       vocab_size: Number of ids.
       bos_id: Id that begins a document, if any; `encode` never adds it.
       eos_id: Id that ends a document, if any; `encode` never adds it.
+      stop_ids: Ids that end a continuation, `eos_id` among them.
       fingerprint: Equal for tokenizers that encode every text alike.
     """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    stop_ids: frozenset[int]
     fingerprint: str
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
@@ -53,6 +55,7 @@ class ByteTokenizer:
     Args:
       bos_token: "<bos>", or "" for documents without one.
       eos_token: "<eos>", or "" for documents without one.
+      stop_tokens: Others that end a continuation: "<bos>", or none.
 
     Raises:
       ConfigError: another token is named.
@@ -61,9 +64,13 @@ class ByteTokenizer:
     vocab_size = 258
     fingerprint = "bytes"
 
-    def __init__(self, bos_token: str = "<bos>", eos_token: str = "<eos>") -> None:
-        self.bos_id = _special_id("data.bos_token", bos_token, _BYTE_SPECIAL.get)
-        self.eos_id = _special_id("data.eos_token", eos_token, _BYTE_SPECIAL.get)
+    def __init__(
+        self, bos_token: str = "<bos>", eos_token: str = "<eos>", stop_tokens: Sequence[str] = ()
+    ) -> None:
+        find = _BYTE_SPECIAL.get
+        self.bos_id = _special_id("data.bos_token", bos_token, find)
+        self.eos_id = _special_id("data.eos_token", eos_token, find)
+        self.stop_ids = _stop_ids(self.eos_id, stop_tokens, find)
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         """Returns the UTF-8 bytes of `text`."""
@@ -93,13 +100,16 @@ class HuggingFaceTokenizer:
       path: The file.
       bos_token: Name of the token that begins a document, or "".
       eos_token: Name of the token that ends a document, or "".
+      stop_tokens: Names of others that end a continuation.
 
     Raises:
       ConfigError: `path` cannot be read, a token is not in it, or the `tokenizers`
         package is not installed.
     """
 
-    def __init__(self, path: str, bos_token: str = "", eos_token: str = "") -> None:
+    def __init__(
+        self, path: str, bos_token: str = "", eos_token: str = "", stop_tokens: Sequence[str] = ()
+    ) -> None:
         content = _read(path)
         self._tokenizer = _parse(path, content)
         # The file may hold a length to cut or fill every text to.
@@ -110,6 +120,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values())
         self.bos_id = _special_id("data.bos_token", bos_token, find)
         self.eos_id = _special_id("data.eos_token", eos_token, find)
+        self.stop_ids = _stop_ids(self.eos_id, stop_tokens, find)
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
@@ -133,9 +144,10 @@ def make_tokenizer(data: ConfigDict) -> Tokenizer:
     Raises:
       ConfigError: as the tokenizers say.
     """
+    special = (data.bos_token, data.eos_token, data.stop_tokens)
     if data.tokenizer == "bytes":
-        return ByteTokenizer(data.bos_token, data.eos_token)
-    return HuggingFaceTokenizer(data.tokenizer, data.bos_token, data.eos_token)
+        return ByteTokenizer(*special)
+    return HuggingFaceTokenizer(data.tokenizer, *special)
 
 
 def _special_id(field: str, token: str, find: Callable[[str], int | None]) -> int | None:
@@ -148,6 +160,13 @@ def _special_id(field: str, token: str, find: Callable[[str], int | None]) -> in
             " or leave the field empty"
         )
     return number
+
+
+def _stop_ids(
+    eos_id: int | None, tokens: Sequence[str], find: Callable[[str], int | None]
+) -> frozenset[int]:
+    ids = [eos_id, *(_special_id("data.stop_tokens", token, find) for token in tokens)]
+    return frozenset(number for number in ids if number is not None)
 
 
 def _read(path: str) -> bytes:

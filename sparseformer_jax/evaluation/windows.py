@@ -1,46 +1,47 @@
-"""Perplexity of plain text in windows, as published figures of pretrained models are measured.
+"""Perplexity of text in windows, as published figures of pretrained models are measured.
 
     python -m sparseformer_jax.evaluation.windows --workdir=/tmp/model --files=test.txt
 
-The text of a file is one sequence of tokens. It is cut into windows, and within each every token
-but the first is predicted from those before it in the window. Where windows overlap, by a stride,
-a token is predicted once, in the first window that holds it: from at least size - stride tokens.
+A document is one sequence of tokens: a file, a JSON line, an example of a tfds data set, or all of
+them joined. It is cut into windows, and within each every token but the first is predicted from
+those before it in the window. Where windows overlap, by a stride, a token is predicted once, in the
+first window that holds it: from at least size - stride tokens.
 """
 
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from sparseformer_jax import command, mesh
-from sparseformer_jax import config as config_lib
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import ConfigError, NonFiniteError, check_choice
-from sparseformer_jax.data import Batch, Tokenizer
-from sparseformer_jax.evaluation.perplexity import make_eval_step
-from sparseformer_jax.training.batches import place
+from sparseformer_jax.data import Tokenizer
+from sparseformer_jax.evaluation import texts
+from sparseformer_jax.evaluation.scoring import Scorer, Window
 from sparseformer_jax.training.metrics import perplexity
-from sparseformer_jax.training.restore import restore_state
-from sparseformer_jax.training.state import ModelDef
 
 _BOS = ("none", "text", "window")
 
 _USAGE = """\
-Perplexity of text files in windows, as it is published of pretrained models.
+Perplexity of text in windows, as it is published of pretrained models.
 
   python -m sparseformer_jax.evaluation.windows --workdir=/tmp/smollm2 --files=test.txt
-  python -m sparseformer_jax.evaluation.windows --workdir=/tmp/smollm2 --files=a.txt,b.txt \\
+  python -m sparseformer_jax.evaluation.windows --workdir=/tmp/smollm2 --files=a.txt,b.jsonl.gz \\
       --window=2048 --num_windows=8 --bos=window
   python -m sparseformer_jax.evaluation.windows --workdir=/tmp/smollm2 --files=test.txt --stride=512
+  python -m sparseformer_jax.evaluation.windows --workdir=/tmp/smollm2 --split=test \\
+      --config.data.tfds_name=wiki40b/en --join='\\n\\n'
+
+Every document is cut into windows of its own, and JSON lines are documents, with their text in
+--config.data.text_field; --join makes one document of all. Prints JSON, and a table on stderr.
 """
 
 
@@ -50,10 +51,11 @@ class Windows:
 
     Attributes:
       size: tokens of a window.
-      number: windows of each file, the first ones; 0: all. The last may be shorter.
+      number: windows of each document, the first ones; 0: all. The last may be shorter.
       bos: where the tokenizer's first token stands: "none"; "text", it is the first of each
-        file; "window", it is seen before every window, so the same tokens are predicted.
+        document; "window", it is seen before every window, so the same tokens are predicted.
       stride: tokens from one window's start to the next; 0: size, they do not overlap.
+      join: what stands between documents that are cut as one; None: each is cut alone.
 
     Raises:
       ConfigError: a window predicts nothing, windows leave tokens out, or a value is none of
@@ -64,20 +66,20 @@ class Windows:
     number: int = 0
     bos: str = "none"
     stride: int = 0
+    join: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("--bos", self.bos, _BOS)
         if self.size < 2:
             raise ConfigError(f"--window={self.size}: predicts nothing; take more tokens")
-
         if self.stride > self.size:
             raise ConfigError(
                 f"--stride={self.stride}: leaves out tokens between windows; take at most "
                 f"--window={self.size}"
             )
 
-    def cut(self, ids: np.ndarray, bos_id: int | None) -> list["Window"]:
-        """Returns the windows of a text's tokens that predict anything."""
+    def cut(self, ids: np.ndarray, bos_id: int | None) -> list[Window]:
+        """Returns the windows of a document's tokens that predict anything."""
         if self.bos == "text":
             ids = np.concatenate([np.array([bos_id], ids.dtype), ids])
         stride = self.stride or self.size
@@ -90,121 +92,124 @@ class Windows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
-    """Tokens of which the first `seen` are not predicted."""
+class _Text:
+    """Windows of some documents, and how long those are as a whole."""
 
-    tokens: np.ndarray
-    seen: int
+    windows: list[Window]
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
 
 
 def evaluate(
     config: ConfigDict,
     workdir: Path,
-    files: Sequence[Path],
+    documents: Mapping[str, Sequence[str]],
     windows: Windows,
     *,
     step: int | None = None,
 ) -> dict[str, Any]:
-    """Returns loss (nats per predicted token), perplexity, bits_per_byte, tokens, and windows.
+    """Returns loss (nats per predicted token), perplexity, bits_per_byte, and what was predicted.
 
         bits_per_byte = loss / ln 2 * tokens / bytes
 
-    with tokens per byte counted over the whole texts. Tokens weigh alike, so neither the batch
-    size nor the mesh changes the figures.
+    with tokens per byte counted over the whole documents. Tokens weigh alike, so neither the batch
+    size nor the mesh changes the figures. Of several texts "texts" has those of each.
 
     Args:
       config: of the run; `eval.batch_size` windows are computed at a time.
       workdir: of the run.
-      files: UTF-8 text.
-      windows: how it is cut.
+      documents: of each text, by a name.
+      windows: how they are cut.
       step: which checkpoint; None: the newest.
 
     Raises:
-      ConfigError: a file cannot be read or predicts nothing, the tokenizer has no token to
-        begin with, or there is no such checkpoint.
+      ConfigError: there is nothing to predict, the tokenizer has no token to begin with, or there
+        is no such checkpoint.
       NonFiniteError: the loss is not a finite number.
     """
     tokenizer = make_tokenizer(config)
-    pieces, tokens_per_byte = _pieces(files, windows, tokenizer, config)
-    start = [tokenizer.bos_id] if windows.bos == "window" else []
-    with jax.set_mesh(mesh.make_mesh(config_lib.resolve_mesh(config.mesh, jax.device_count()))):
-        model_def = ModelDef(config)
-        state = restore_state(model_def, workdir, step)
-        compute = jax.jit(make_eval_step(model_def))
-        sharding = jax.NamedSharding(jax.sharding.get_mesh(), mesh.spec("batch", "seq"))
-        batches = list(_batches(pieces, windows.size, start, config.eval.batch_size))
-        nll = tokens = 0.0
-        quiet = not (mesh.is_primary() and sys.stderr.isatty())
-        for batch in tqdm(batches, desc="evaluate", unit="batch", leave=False, disable=quiet):
-            sums = jax.device_get(compute(state, place(batch, sharding)))
-            nll += float(np.sum(sums["nll"], dtype=np.float64))
-            tokens += float(np.sum(sums["tokens"], dtype=np.float64))
-        step = int(state.step)
-    loss = nll / tokens
-    if not math.isfinite(loss):
-        raise NonFiniteError(f"evaluation loss is {loss} over {tokens:.0f} tokens")
+    if windows.bos != "none" and tokenizer.bos_id is None:
+        raise ConfigError(
+            f"--bos={windows.bos}: data.bos_token={config.data.bos_token!r} names no token; "
+            "set --config.data.bos_token"
+        )
+    rows = config.model.max_positions
+    if config.model.position == "learned" and windows.size > rows:
+        raise ConfigError(f"--window={windows.size}: the model has {rows} positions; take no more")
+    if windows.join is not None:
+        whole = windows.join.join(text for of_name in documents.values() for text in of_name)
+        documents = {",".join(documents): [whole]}
+    cut = {name: _cut(of_name, windows, tokenizer) for name, of_name in documents.items()}
+    for name, text in cut.items():
+        if not text.windows:
+            raise ConfigError(f"{name}: too short to predict a token of")
+    scorer = Scorer(config, workdir, step)
+    every = [window for text in cut.values() for window in text.windows]
+    nll = scorer(every, lambda _: windows.size).nll
+    ends = np.cumsum([len(text.windows) for text in cut.values()])
+    by_text = zip(cut.values(), np.split(nll, ends[:-1]), strict=True)
+    of_texts = [_figures([text], own) for text, own in by_text]
+    several = {"texts": dict(zip(cut, of_texts, strict=True))} if len(cut) > 1 else {}
     return {
-        "step": step,
-        "files": [str(file) for file in files],
+        "step": scorer.step,
+        "text": ",".join(cut),
         **dataclasses.asdict(windows),
-        "windows": len(pieces),
-        "tokens": int(tokens),
+        **_figures(list(cut.values()), nll),
+        **several,
+    }
+
+
+def _cut(documents: Sequence[str], windows: Windows, tokenizer: Tokenizer) -> _Text:
+    start = [tokenizer.bos_id] if windows.bos == "window" else []
+    encoded = tokenizer.encode_batch(documents)
+    found = [window for ids in encoded for window in windows.cut(ids, tokenizer.bos_id)]
+    return _Text(
+        [Window(np.array([*start, *x.tokens]), len(start) + x.seen) for x in found],
+        len(documents),
+        sum(map(len, encoded)),
+        sum(len(text.encode()) for text in documents),
+    )
+
+
+def _figures(texts: Sequence[_Text], nll: np.ndarray) -> dict[str, Any]:
+    windows = [window for text in texts for window in text.windows]
+    num_tokens = sum(len(window.tokens) - window.seen for window in windows)
+    loss = float(nll.sum()) / num_tokens
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"evaluation loss is {loss} over {num_tokens} tokens")
+    tokens_per_byte = sum(x.num_tokens for x in texts) / sum(x.num_bytes for x in texts)
+    return {
+        "documents": sum(text.num_documents for text in texts),
+        "windows": len(windows),
+        "tokens": num_tokens,
         "loss": loss,
         "perplexity": perplexity(loss),
         "bits_per_byte": loss / math.log(2) * tokens_per_byte,
     }
 
 
-def _pieces(
-    files: Sequence[Path], windows: Windows, tokenizer: Tokenizer, config: ConfigDict
-) -> tuple[list[Window], float]:
-    """The windows of all files, and the tokens of their texts over the bytes."""
-    bos_id = tokenizer.bos_id
-    if windows.bos != "none" and bos_id is None:
-        raise ConfigError(
-            f"--bos={windows.bos}: data.bos_token={config.data.bos_token!r} names no token; "
-            "set --config.data.bos_token"
-        )
-    pieces, num_tokens, num_bytes = [], 0, 0
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
-            raise ConfigError(f"--files={file}: cannot be read: {reason}") from None
-        ids = tokenizer.encode(text)
-        found = windows.cut(ids, bos_id)
-        if not found:
-            raise ConfigError(f"--files={file}: too short to predict a token of")
-        pieces += found
-        num_tokens, num_bytes = num_tokens + len(ids), num_bytes + len(text.encode())
-    return pieces, num_tokens / num_bytes
+_COLUMNS = {
+    "documents": "{:d}",
+    "windows": "{:d}",
+    "tokens": "{:d}",
+    "loss": "{:.4f}",
+    "perplexity": "{:.4f}",
+    "bits_per_byte": "{:.4f}",
+}
 
 
-def _batches(
-    pieces: Sequence[Window], size: int, start: Sequence[int | None], batch_size: int
-) -> Iterator[Batch]:
-    """Yields this process's rows of batches of one shape; what fills them has weight 0.
-
-    `start` stands before each window.
-    """
-    rows = batch_size // jax.process_count()
-    for batch in range(0, len(pieces), batch_size):
-        first = batch + jax.process_index() * rows
-        tokens = np.zeros((rows, size + 1), np.int32)
-        firsts, ends = np.zeros((2, rows, 1), np.int32)
-        for row, piece in enumerate(pieces[first : first + rows]):
-            sequence = [*start, *piece.tokens]
-            tokens[row, : len(sequence)] = sequence
-            firsts[row], ends[row] = len(start) + piece.seen - 1, len(sequence) - 1
-        positions = np.broadcast_to(np.arange(size, dtype=np.int32), (rows, size)).copy()
-        yield {
-            "inputs": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "positions": positions,
-            "segment_ids": np.zeros_like(positions),
-            "weights": ((positions >= firsts) & (positions < ends)).astype(np.float32),
-        }
+def table(found: Mapping[str, Any]) -> str:
+    """Returns the figures as text: a row a text, and of several one of all."""
+    rows = dict(found.get("texts", {}))
+    rows["all" if rows else found["text"]] = found
+    width = max(map(len, ["text", *rows]))
+    lines = [["text", *(name.replace("_", " ") for name in _COLUMNS)]]
+    for name, row in rows.items():
+        lines.append([name, *(form.format(row[key]) for key, form in _COLUMNS.items())])
+    return "\n".join(
+        "".join([name.ljust(width), *(cell.rjust(15) for cell in cells)]) for name, *cells in lines
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -214,26 +219,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     own = command.new_flags()
     command.text(own, "workdir", "folder that training or an import wrote")
-    command.text(own, "files", "text files, with commas between them")
+    command.text(own, "files", "text files, with commas between them; or")
+    command.text(own, "split", "of the documents of --config.data.files or .tfds_name")
     flags.DEFINE_integer("window", 1024, "tokens of a window", 1, flag_values=own)
     flags.DEFINE_integer("stride", 0, "from window to window; 0: no overlap", 0, flag_values=own)
-    flags.DEFINE_integer("num_windows", 0, "of each file, the first; 0: all", 0, flag_values=own)
+    flags.DEFINE_integer("num_windows", 0, "of each document; 0: all", 0, flag_values=own)
     flags.DEFINE_string("bos", "none", "none; text or window: which begin with the token", own)
+    command.text(own, "join", r"make one document of all, with this between, \n for a new line")
     command.number(own, "step", "checkpoint to load; default: the latest")
     command.run(_main, own, _USAGE, sys.argv if argv is None else argv)
 
 
 def _main(own: flags.FlagValues, argv: list[str]) -> None:
-    for name in ("workdir", "files"):
-        command.require(own, argv, name)
+    command.require(own, argv, "workdir")
+    if not own.split:
+        command.require(own, argv, "files")
+    elif own.files:
+        raise ConfigError(f"--split={own.split}: goes without --files; leave one out")
     config = command.saved(own.workdir)
     command.override(config, own, argv)
     command.start_jax(own)
     command.validate(config)
-    files = [Path(name) for name in own.files.split(",")]
-    windows = Windows(own.window, own.num_windows, own.bos, own.stride)
-    found = evaluate(config, Path(own.workdir), files, windows, step=own.step)
+    join = None if own.join is None else command.unescaped(own.join)
+    windows = Windows(own.window, own.num_windows, own.bos, own.stride, join)
+    if own.split:
+        documents = texts.of_split(config.data, own.split)
+    else:
+        documents = texts.of_files(config.data, [Path(name) for name in own.files.split(",")])
+    found = evaluate(config, Path(own.workdir), documents, windows, step=own.step)
     if mesh.is_primary():
+        print(table(found), file=sys.stderr)
         print(json.dumps(found, indent=2))
 
 

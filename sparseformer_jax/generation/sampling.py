@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 from sparseformer_jax import mesh
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.data import Tokenizer
 from sparseformer_jax.generation.choice import Choice
 from sparseformer_jax.generation.decoder import Decoder
+from sparseformer_jax.generation.stops import StopText
 from sparseformer_jax.generation.text_stream import TextStream
 from sparseformer_jax.training.restore import restore_state
 from sparseformer_jax.training.state import ModelDef
@@ -83,17 +85,18 @@ class Sampler:
             raise ConfigError("--prompt is empty and the tokenizer has no beginning of document")
         return tokens
 
-    def stream(self, prompt: str, num_tokens: int) -> Iterator[str]:
+    def stream(self, prompt: str, num_tokens: int, stop: Sequence[str] = ()) -> Iterator[str]:
         """Yields the continuation in pieces, each as soon as its characters are complete.
 
-        It ends with the document, or after `num_tokens`.
+        It ends before a token that ends one, before the first of the strings `stop`, or after
+        `num_tokens`.
         """
         tokens = self.encode(prompt)
-        text = TextStream(self.tokenizer.decode, tokens)
+        text = _Continuation(self.tokenizer, tokens, stop)
         for (token,) in itertools.islice(self.tokens([tokens]), num_tokens):
-            if token == self.tokenizer.eos_id:
-                break
             yield text.push(token)
+            if text.has_ended:
+                break
         yield text.rest()
 
     def tokens(self, prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -101,23 +104,49 @@ class Sampler:
         for chosen in self._decoder.continuations(prompts, self._key):
             yield chosen.tolist()
 
-    def continuations(self, prompts: Sequence[str], num_tokens: int) -> list[str]:
-        """Returns the continuation of each prompt, read and written together."""
-        starts = [self.encode(prompt) for prompt in prompts]
-        written: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
-        for chosen in itertools.islice(self.tokens(starts), num_tokens):
-            for row, token in enumerate(chosen):
-                ended[row] |= token == self.tokenizer.eos_id
-                if not ended[row]:
-                    written[row].append(token)
-            if all(ended):
+    def continuations(
+        self, prompts: Sequence[str], num_tokens: int, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """Returns the continuation of each prompt, as `stream` yields it, written together."""
+        return self.continued([self.encode(prompt) for prompt in prompts], num_tokens, stop)
+
+    def continued(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """Returns the continuation of each prompt of at least a token; see `continuations`."""
+        texts = [_Continuation(self.tokenizer, prompt, stop) for prompt in prompts]
+        written = [""] * len(texts)
+        for chosen in itertools.islice(self.tokens(prompts), num_tokens):
+            for row, (text, token) in enumerate(zip(texts, chosen, strict=True)):
+                written[row] += "" if text.has_ended else text.push(token)
+            if all(text.has_ended for text in texts):
                 break
-        texts = []
-        for start, tokens in zip(starts, written, strict=True):
-            text = TextStream(self.tokenizer.decode, start)
-            texts.append("".join(map(text.push, tokens)) + text.rest())
-        return texts
+        return [start + text.rest() for start, text in zip(written, texts, strict=True)]
+
+
+class _Continuation:
+    """The text of tokens as they are chosen, until one of them or a string ends it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._stop_ids = tokenizer.stop_ids
+        self._text, self._stop = TextStream(tokenizer.decode, prompt), StopText(stop)
+        self.has_ended = False
+
+    def push(self, token: int) -> str:
+        """Returns the text that a token completes."""
+        if token in self._stop_ids:
+            self.has_ended = True
+            return ""
+        text = self._stop.push(self._text.push(token))
+        self.has_ended = self._stop.is_complete
+        return text
+
+    def rest(self) -> str:
+        """Returns what is left when no more tokens follow."""
+        if self._stop.is_complete:
+            return ""
+        text = self._stop.push(self._text.rest())
+        return text + self._stop.rest()
 
 
 def generate(

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparseformer_jax import mesh
 
@@ -49,7 +49,10 @@ def cross_entropy(
       weights: of the targets.
     """
 
-    def sums(nll: jax.Array, log_z: jax.Array, weights: jax.Array) -> Sums:
+    def sums(
+        logits: jax.Array, targets: jax.Array, vocab_axis: str | None, weights: jax.Array
+    ) -> Sums:
+        nll, log_z = _of_tokens(logits, targets, vocab_axis)
         return jnp.sum(weights * nll), jnp.sum(weights * jnp.square(log_z))
 
     def total(chunks: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> Sums:
@@ -63,11 +66,32 @@ def token_losses(
 ) -> Float[Array, "B T"]:
     """Returns log Z - logit of the target, in nats, of each token; see `cross_entropy`."""
 
-    def joined(chunks: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-        return chunks.reshape(-1)[: math.prod(shape)].reshape(shape)
+    def nll(logits: jax.Array, targets: jax.Array, vocab_axis: str | None) -> jax.Array:
+        return _of_tokens(logits, targets, vocab_axis)[0]
 
-    rows = mesh.spec("batch", "seq")
-    return _over_tokens(head, hidden, (targets,), lambda nll, log_z: nll, joined, rows)
+    return _over_tokens(head, hidden, (targets,), nll, _joined, mesh.spec("batch", "seq"))
+
+
+def token_scores(
+    head: OutputHead, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Returns what `token_losses` does, and whether each target is the likeliest token.
+
+    Of equal logits the first counts, as greedy decoding takes it.
+    """
+
+    def scores(
+        logits: jax.Array, targets: jax.Array, vocab_axis: str | None
+    ) -> tuple[jax.Array, jax.Array]:
+        nll, _ = _of_tokens(logits, targets, vocab_axis)
+        return nll, targets == _likeliest(logits, vocab_axis)
+
+    return _over_tokens(head, hidden, (targets,), scores, _joined, mesh.spec("batch", "seq"))
+
+
+def _joined(chunks: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> Any:
+    """What chunks have of each token, [B, T]."""
+    return jax.tree.map(lambda x: x.reshape(-1)[: math.prod(shape)].reshape(shape), chunks)
 
 
 def _over_tokens(
@@ -84,7 +108,8 @@ def _over_tokens(
       head: the model.
       hidden: what the output head reads.
       rows: targets, and what else `of_chunk` takes of each token.
-      of_chunk: called with nll and log Z of a chunk's tokens, and the rest of its `rows`.
+      of_chunk: called with logits and targets of a chunk's tokens, the axis of the mesh that
+        divides the vocabulary, if any, and the rest of its `rows`.
       join: called with what that returns, stacked, the shape [B, T] of a device's tokens, and
         the axes of the mesh that cut them.
       spec: how devices hold the result.
@@ -132,7 +157,7 @@ def _in_chunks(
     def run(chunk: tuple[jax.Array, ...]) -> Any:
         hidden, targets, *rest = chunk
         logits = head.logits(hidden, kernel.astype(hidden.dtype))
-        return of_chunk(*_of_tokens(logits, targets, vocab_axis), *rest)
+        return of_chunk(logits, targets, vocab_axis, *rest)
 
     # A power of two suits the tiles of a product, and divides what most batches hold.
     size = 2 ** max(0, (LOGITS_AT_ONCE // kernel.shape[1]).bit_length() - 1)
@@ -164,3 +189,15 @@ def _of_tokens(
     if vocab_axis is not None:
         target_logits = jax.lax.psum(target_logits, vocab_axis)
     return log_z - target_logits, log_z
+
+
+def _likeliest(logits: Float[Array, "B T V"], vocab_axis: str | None) -> Int[Array, "B T"]:
+    """The token with the largest logit; `vocab_axis` of the mesh divides them."""
+    tokens = jnp.argmax(logits, axis=-1)
+    if vocab_axis is None:
+        return tokens
+    best = jax.lax.all_gather(jnp.max(logits, axis=-1), vocab_axis)
+    tokens += jax.lax.axis_index(vocab_axis) * logits.shape[-1]
+    tokens = jax.lax.all_gather(tokens, vocab_axis)
+    shard = jnp.argmax(best, axis=0)
+    return jnp.take_along_axis(tokens, shard[None], axis=0)[0]

@@ -33,7 +33,8 @@ first file; of one that was cut into parts, all parts in order. What comes next:
   python -m sparseformer_jax.generate --workdir=/tmp/model --prompt="..."
   python -m sparseformer_jax.pretrained export --workdir=/tmp/model --out=/tmp/folder
 
-and --config.init_from=/tmp/model has a run start with its parameters.
+and --config.init_from=/tmp/model has a run start with its parameters. With --config.mesh.fsdp=8
+tensors go in shards to eight devices as they are read.
 """
 
 _EXPORT_USAGE = """\

@@ -163,10 +163,12 @@ def _cast(weight: _Weight, dtype: str) -> np.ndarray:
     return cast
 
 
-def _write_tokenizer(folder: Path, config: ConfigDict) -> dict[str, int]:
+def _write_tokenizer(folder: Path, config: ConfigDict) -> dict[str, int | list[int]]:
     """Writes the tokenizer; returns the numbers of its special tokens, for config.json."""
     tokenizer = make_tokenizer(config.data)
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    stops = sorted(tokenizer.stop_ids, key=lambda number: (number != tokenizer.eos_id, number))
+    ends = stops if len(stops) > 1 else next(iter(stops), None)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends}
     if not isinstance(tokenizer, ByteTokenizer):  # transformers has none of bytes alone
         path = Path(config.data.tokenizer).expanduser()
         (folder / "tokenizer.json").write_bytes(path.read_bytes())

@@ -79,7 +79,10 @@ def rebuild(fields: Fields, architecture: str) -> PretrainedTokenizer:
         _begin_with(tokenizer, bos)
     else:
         bos = ""
-    return PretrainedTokenizer(tokenizer.to_str(pretty=True).encode(), bos, eos)
+    # Ends of a turn and of a message, which llama.cpp stops at, too.
+    stops = dict.fromkeys(_special(fields, name, tokens) for name in ("eot", "eom"))
+    others = tuple(token for token in stops if token not in ("", eos))
+    return PretrainedTokenizer(tokenizer.to_str(pretty=True).encode(), bos, eos, others)
 
 
 def _byte_level(fields: Fields, tokens: Sequence[str]) -> Any:

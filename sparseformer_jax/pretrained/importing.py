@@ -56,8 +56,7 @@ def import_model(
         override(config)
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.json)
         config_lib.validate(config)
-        # One device of the host: what is on disk fits any mesh.
-        with jax.set_mesh(mesh.make_mesh({}, jax.local_devices()[:1])):
+        with jax.set_mesh(_sharing(config)):
             model_def = ModelDef(config)
             params = load_params(source, architecture, model_def)
             state = {"step": jnp.zeros((), jnp.int32), "params": params, "variables": {}}
@@ -66,6 +65,13 @@ def import_model(
         write_atomically(folder / CONFIG_FILE, config_lib.to_json(config) + "\n")
     size = units.count(sum(array.size for array in params.values()))
     return f"{source.where}: {architecture.model_type}, {size} parameters, is now in {workdir}"
+
+
+def _sharing(config: ConfigDict) -> jax.sharding.Mesh:
+    """The devices of the config's mesh that share parameters, without those that hold copies."""
+    sizes = config_lib.resolve_mesh(config.mesh, jax.device_count())
+    shared = {axis: sizes[axis] for axis in ("fsdp", "tensor")}
+    return mesh.make_mesh(shared, jax.devices()[: math.prod(shared.values())])
 
 
 def open_source(paths: Sequence[Path]) -> Source:
@@ -120,6 +126,7 @@ def make_config(
     architecture.read(source.fields, config)
     config.data.tokenizer = str(path.absolute())
     config.data.bos_token, config.data.eos_token = tokenizer.bos_token, tokenizer.eos_token
+    config.data.stop_tokens = tokenizer.stop_tokens
     config.data.seq_len = min(_SEQ_LEN, config.model.max_positions)
     config.eval.split = "test"
     return config

@@ -7,6 +7,7 @@ place that the header tells. They are memory-mapped, so nothing is read before i
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +158,39 @@ class SafetensorsFolder:
         config_path = self._folder / "tokenizer_config.json"
         config = _read_json(config_path) if config_path.is_file() else {}
         bos, eos = (_token(config.get(name)) for name in ("bos_token", "eos_token"))
-        return PretrainedTokenizer(content, bos if _adds_bos(content, bos, config) else "", eos)
+        tokenizer = _parsed(path, content)
+        # An id that the tokenizer does not know is never chosen.
+        names = {number: token for token, number in tokenizer.get_vocab().items()}
+        stops = dict.fromkeys(names.get(number) for number in self._eos_ids())
+        return PretrainedTokenizer(
+            content,
+            bos if _adds_bos(tokenizer, bos, config) else "",
+            eos,
+            tuple(token for token in stops if token not in (None, eos)),
+        )
+
+    def _eos_ids(self) -> Sequence[int]:
+        """What transformers ends a continuation at: of generation_config.json, or config.json."""
+        path = self._folder / "generation_config.json"
+        fields = Fields(_read_json(path), str(path)) if path.is_file() else self.fields
+        ids = fields.get("eos_token_id", int | tuple[int, ...], ())
+        return [ids] if isinstance(ids, int) else ids
 
 
-def _adds_bos(content: bytes, bos: str, config: dict[str, Any]) -> bool:
+def _parsed(path: Path, content: bytes) -> Any:
+    package = optional("tokenizers")
+    try:
+        return package.Tokenizer.from_buffer(content)
+    except Exception as error:  # the package raises nothing narrower
+        raise ConfigError(f"{path}: is no tokenizer: {error}") from error
+
+
+def _adds_bos(tokenizer: Any, bos: str, config: dict[str, Any]) -> bool:
     """Whether a text starts with the token, as tokenizer.json and its config tell."""
     if not bos:
         return False
     if isinstance(config.get("add_bos_token"), bool):
         return config["add_bos_token"]
-    tokenizer = optional("tokenizers").Tokenizer.from_buffer(content)
     return tokenizer.encode("a").ids[:1] == [tokenizer.token_to_id(bos)]
 
 

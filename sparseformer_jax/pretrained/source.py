@@ -19,11 +19,13 @@ class PretrainedTokenizer:
       json: content of a Hugging Face tokenizer.json.
       bos_token: begins a document, or "".
       eos_token: ends a document, or "".
+      stop_tokens: others that end a continuation, as those that end a turn of a chat.
     """
 
     json: bytes
     bos_token: str
     eos_token: str
+    stop_tokens: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ _HARMLESS = {
     "data.cache_dir",
     "data.num_threads",
     "data.prefetch",
+    "data.stop_tokens",
     "model.remat",
     "train.deterministic",
     "train.log_every",

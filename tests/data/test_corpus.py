@@ -14,6 +14,7 @@ class Words:
 
     bos_id = None
     eos_id = 1
+    stop_ids = frozenset({1})
     fingerprint = "words"
 
     def __init__(self, vocab_size=10):

@@ -129,10 +129,32 @@ def test_pieces_add_up_and_end_with_the_document(config, greedy, monkeypatch):
         "tokens",
         lambda _, prompts: ([t] * len(prompts) for t in [*euro, 257, 65]),
     )
-    assert list(greedy.stream("b", 9)) == ["", "", "€", "a", ""]
+    assert list(greedy.stream("b", 9)) == ["", "", "€", "a", "", ""]
     assert list(greedy.stream("b", 2)) == ["", "", "\ufffd"]
     assert greedy.continuations(["b", ""], 9) == ["€a", "€a"]
     assert sampling.generate(config, WORKDIR, ["b"], 3) == ["b€"]
+
+
+def test_text_ends_before_what_stops_it(config, model, monkeypatch):
+    """Rows one by one: at a string, or at any of the tokens that end a continuation."""
+    config = config.copy_and_resolve_references()
+    config.data.stop_tokens = ("<bos>",)
+    sampler_ = sampler(config, model, GREEDY)
+    rows = [b"one\n\ntwo", [*b"one", 256, *b"two."], b"one\ntwo\n"]
+    chosen = list(zip(*(list(row)[:8] for row in rows), strict=True))
+    taken = []
+
+    def tokens(self, prompts):
+        for step in chosen:
+            taken.append(step)
+            yield [step[number] for number in range(len(prompts))]
+
+    monkeypatch.setattr(sampling.Sampler, "tokens", tokens)
+    assert sampler_.continuations([""] * 3, 8, ["\n\n"]) == ["one", "one", "one\ntwo\n"]
+    assert sampler_.continuations([""] * 2, 8, ["\n\n", "!"]) == ["one", "one"]
+    assert len(taken) == 8 + 5, "nothing is chosen after the last has ended"
+    assert list(sampler_.stream("", 8, ["\n\n"])) == ["o", "n", "e", "", "", ""]
+    assert "".join(sampler_.stream("", 4, ["\n\n"])) == "one\n", "what was held back is text"
 
 
 def test_a_stream_leaves_the_mesh_of_its_caller_alone(greedy):

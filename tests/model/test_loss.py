@@ -89,6 +89,29 @@ def test_losses_of_tokens_are_what_their_weights_multiply(problem, monkeypatch):
     assert_close(found, expected, 1e-6)
 
 
+@pytest.mark.parametrize("sizes", [{}, MESHES[0], MESHES[-1]], ids=str)
+def test_scores_of_tokens_say_which_are_likeliest(problem, monkeypatch, sizes):
+    """Of two equal logits the first, also where the vocabulary is divided between them."""
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * V)
+    hidden, kernel, targets, _ = problem
+    hidden[0, 0] = hidden[0, 1] = 5 * kernel[:, 3]
+    kernel[:, 20] = kernel[:, 3]
+    likeliest = np.argmax(hidden @ kernel, axis=-1)
+    targets[0, :2], targets[1] = [3, 20], likeliest[1]
+
+    def scores(hidden, kernel, targets):
+        return loss.token_scores(Head(kernel), hidden, targets)
+
+    with jax.set_mesh(mesh.make_mesh(sizes, jax.devices() if sizes else jax.devices()[:1])):
+        placed = put(hidden, "batch", "seq", None), put(kernel, None, "vocab")
+        nll, is_likeliest = jax.jit(scores)(*placed, put(targets, "batch", "seq"))
+    hidden, kernel, ids = map(jnp.asarray, (hidden, kernel, targets))
+    expected = loss.token_losses(Head(kernel), hidden, ids)
+    assert_close(nll, expected, 1e-6)
+    np.testing.assert_array_equal(is_likeliest, targets == likeliest)
+    assert is_likeliest[0, :2].tolist() == [True, False]
+
+
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_tokens_and_vocabulary_may_be_divided(problem, monkeypatch, sizes):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 4 * V)

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from sparseformer_jax import config as config_lib
 from sparseformer_jax import config_flags, default_config, mesh
+from sparseformer_jax import data as data_lib
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.pretrained import architectures
 from sparseformer_jax.pretrained.__main__ import main
@@ -110,6 +111,18 @@ def test_what_goes_out_is_what_came_in(imported, tmp_path):
     assert (tmp_path / "out" / names[0]).read_text() == (folder / names[0]).read_text()
     special = json.loads((tmp_path / "out" / names[1]).read_text())
     assert (special["bos_token"], special["eos_token"]) == ("<s>", "</s>")
+    assert settings["eos_token_id"] == 16
+
+
+def test_tokens_that_end_a_continuation_come_in_and_go_out(imported, tmp_path):
+    folder = write_folder(tmp_path / "in", LLAMA | {"eos_token_id": [16, 4, 3]})
+    run("import", folder, f"--workdir={tmp_path / 'run'}")
+    data = config_of(tmp_path / "run").data
+    assert (data.eos_token, data.stop_tokens) == ("</s>", ("w4", "w3"))
+    assert data_lib.make_tokenizer(data).stop_ids == {16, 3, 4}
+    run("export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}")
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    assert settings["eos_token_id"] == [16, 3, 4]
 
 
 def test_parameters_lie_as_the_mesh_has_them(imported):
@@ -122,6 +135,29 @@ def test_parameters_lie_as_the_mesh_has_them(imported):
     assert query.sharding.shard_shape(query.shape) == (4, 4, 8)
     for name, array in stored(workdir).items():
         np.testing.assert_array_equal(np.asarray(params[name]), array)
+
+
+def test_an_import_streams_into_the_shards_of_its_mesh(imported, tmp_path, monkeypatch):
+    """Each device holds its part and no more; the checkpoint is the same."""
+    folder, workdir = imported
+    written = []
+
+    def spy(self, step, state, meta):
+        written.append(state["params"])
+        write(self, step, state, meta)
+
+    write = Checkpoints.write
+    monkeypatch.setattr(Checkpoints, "write", spy)
+    run("import", folder, f"--workdir={tmp_path / 'run'}", "--config.mesh.fsdp=8")
+    (params,) = written
+    query = params["layers/0/attention/query/kernel"]
+    assert {shard.data.shape for shard in query.addressable_shards} == {(2, 4, 8)}
+    for array in params.values():
+        held = sum(shard.data.nbytes for shard in array.addressable_shards)
+        assert held == array.nbytes or array.ndim == 1  # of norms each has a copy
+    found = stored(tmp_path / "run")
+    for name, array in stored(workdir).items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_settings_can_be_given(imported, tmp_path, capsys):

@@ -142,8 +142,17 @@ def test_what_begins_a_text(metadata, bos):
     tokenizer, found = made(metadata)
     assert found.bos_token == bos
     assert found.eos_token in ("</s>", "<|end|>")
+    assert found.stop_tokens == ()
     starts = tokenizer.encode("a").tokens[0] == bos
     assert starts == bool(bos)  # also for other programs that read the file
+
+
+def test_the_end_of_a_turn_ends_a_continuation():
+    end = {
+        f"tokenizer.ggml.{name}_token_id": number for name, number in (("eot", 257), ("eom", 256))
+    }
+    _, found = made(byte_level("gpt-2", **end))
+    assert (found.eos_token, found.stop_tokens) == ("<|end|>", ("<think>",))
 
 
 @pytest.mark.parametrize(

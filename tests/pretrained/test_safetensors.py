@@ -150,10 +150,31 @@ def test_tokens_around_text(settings, bos, tmp_path):
     assert (tokenizer.bos_token, tokenizer.eos_token) == (bos, "</s>")
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "stops"),
+    [
+        (None, None, ()),
+        (16, None, ()),
+        ([16, 3, 999, -1, 3], None, ("w3",)),
+        ([16, 3], {"eos_token_id": [4, 16]}, ("w4",)),  # as transformers: this file decides
+        (3, {}, ()),
+    ],
+)
+def test_tokens_that_end_a_continuation(config, generation, stops, tmp_path):
+    folder = write_folder(tmp_path / "a", LLAMA | {"eos_token_id": config})
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = SafetensorsFolder(folder).tokenizer()
+    assert (tokenizer.eos_token, tokenizer.stop_tokens) == ("</s>", stops)
+
+
 def test_bad_tokenizer(tmp_path):
     folder = write_folder(tmp_path / "a")
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer\.json: is no JSON object"):
+        SafetensorsFolder(folder).tokenizer()
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: is no tokenizer: "):
         SafetensorsFolder(folder).tokenizer()
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"tokenizer\.json: missing"):
