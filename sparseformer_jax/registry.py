@@ -24,7 +24,7 @@ KINDS = ("attention", "sparsity")
 # What the methods of a folder share; not a method.
 _SHARED_MODULES = {
     "attention": ("base", "inputs"),
-    "sparsity": ("base", "layers", "nm", "packing", "targets"),
+    "sparsity": ("base", "layers", "nm", "one_shot", "packing", "targets"),
 }
 
 
