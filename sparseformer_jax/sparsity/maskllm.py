@@ -120,13 +120,13 @@ def schedule(options: Options, step: Any) -> tuple[Float[Array, ""], Float[Array
 
 
 def add_prior(
-    logits: Float[Array, "C *S"], overlap: Float[Array, "C *S"], weight: float
-) -> Float[Array, "C *S"]:
+    logits: Float[Array, "C *G"], overlap: Float[Array, "C *G"], weight: float
+) -> Float[Array, "C *G"]:
     """Returns one layer's logits with a prior: alpha standard deviations a place shared."""
     return logits + (overlap - 1) * jnp.std(logits, ddof=1) * weight
 
 
-def overlaps(kept: Bool[Array, "*S"], target: Target) -> Float[Array, "C *S"]:
+def overlaps(kept: Bool[Array, "*S"], target: Target) -> Float[Array, "C *G"]:
     """Returns how many places each candidate shares with a layer's mask, group by group."""
     table, place = _table(target), kept.ndim + target.axis
     grouped = nm.groups(kept, table.shape[1], target.axis).astype(jnp.float32)
@@ -134,7 +134,7 @@ def overlaps(kept: Bool[Array, "*S"], target: Target) -> Float[Array, "C *S"]:
     return jnp.stack([sum(x for x, own in zip(places, row, strict=True) if own) for row in table])
 
 
-def gumbel(key: Key[Array, ""], logits: Float[Array, "*S"]) -> Float[Array, "*S"]:
+def gumbel(key: Key[Array, ""], logits: Float[Array, "*L"]) -> Float[Array, "*L"]:
     """Returns noise -log(-log U) of the shape of logits, the same on every mesh."""
     out_sharding = jax.typeof(logits).sharding if mesh.is_active() else None
     least = jnp.finfo(jnp.float32).tiny
@@ -144,7 +144,7 @@ def gumbel(key: Key[Array, ""], logits: Float[Array, "*S"]) -> Float[Array, "*S"
     return -jnp.log(-jnp.log(uniform))
 
 
-def soft_mask(probabilities: Float[Array, "*S"], target: Target) -> Float[Array, "*S"]:
+def soft_mask(probabilities: Float[Array, "*L"], target: Target) -> Float[Array, "*S"]:
     """Returns sum_c p_c S_c, of the weight's shape; each group adds up to n."""
     table, front = _table(target), probabilities.ndim - target.ndim - 1
     each = [jax.lax.index_in_dim(probabilities, c, front, False) for c in range(len(table))]
@@ -155,7 +155,7 @@ def soft_mask(probabilities: Float[Array, "*S"], target: Target) -> Float[Array,
     return nm.ungroup(jnp.stack(entries, axis=place + 1), target.axis)
 
 
-def likeliest(logits: Float[Array, "*S"], target: Target) -> Float[Array, "*S"]:
+def likeliest(logits: Float[Array, "*L"], target: Target) -> Float[Array, "*L"]:
     """Returns 1 for the largest logit of each group, the first of equal ones, and 0 elsewhere."""
     front = logits.ndim - target.ndim - 1
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, front)
@@ -200,10 +200,15 @@ class Method(WeightSparsity):
 
     def apply(self, weight: Any, state: State, target: Target, step: Any, key: Any) -> Applied:
         """Returns the weight times a soft mask, and the regulariser."""
-        options, logits = self.options, state["mask_logits"]
+        logits = state["mask_logits"]
+        return self.sampled(weight, logits, gumbel(key, logits), target, step)
+
+    def sampled(self, weight: Any, logits: Any, noise: Any, target: Target, step: Any) -> Applied:
+        """Returns what `apply` makes of the noise that it draws."""
+        options = self.options
         kappa, tau = schedule(options, step)
         front = logits.ndim - target.ndim - 1
-        scaled = (kappa * logits + gumbel(key, logits)) / tau
+        scaled = (kappa * logits + noise) / tau
         probabilities = jax.nn.softmax(scaled, axis=front)
         confidence = jnp.mean(jnp.max(probabilities, axis=front))
         if options.straight_through:

@@ -151,7 +151,7 @@ def _tightening(recipe: str, target: Pattern) -> list[Pattern]:
 
 def pruned_factor(options: Options, step: Any) -> Any:
     """Returns beta at a step: what remains of a dropped weight."""
-    since = step - options.dense_steps
+    since = jnp.maximum(step - options.dense_steps, 0)
     is_decaying = since < options.decay_steps
     rate = options.decay_rate
     if options.recipe == "mdgf_linear":

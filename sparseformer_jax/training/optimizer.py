@@ -7,7 +7,6 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-
 # In the metadata of a variable that has an optimiser of its own.
 _MULTIPLIER = "learning_rate_multiplier"
 
