@@ -1,8 +1,8 @@
 """What a layer keeps of the tokens before: written once, read by every token after them.
 
-Layers that scan share a cache, arrays [R, B, S, ..]. Row b of size S holds the tokens 0 to S - 1 of
-one sequence. What lies beyond the last that was written is another document to attention, and is
-overwritten later.
+Layers that scan share a cache, arrays [R, B, S, ..]. Row b of size S holds the last S tokens of
+one sequence, position p at place p mod S: all of them, if the method does not say that it forgets.
+What lies beyond the last that was written is another document to attention.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import targets
 from sparseformer_jax import mesh
 from sparseformer_jax.attention.inputs import Inputs, spec_of
 from sparseformer_jax.model.config import ModelConfig
@@ -75,13 +76,18 @@ def weights(
 
 
 def write(cache: Cache, inputs: Inputs, start: Int[Array, " B"], layer: Any) -> Cache:
-    """Returns the cache with T tokens more in a layer: row b's from position start[b] on."""
-    rows = jnp.arange(len(start))[:, None]
-    places = start[:, None] + jnp.arange(inputs.query.shape[1])
+    """Returns the cache with more tokens in a layer, those that count: row b's from start[b] on."""
+    size = cache["key"].shape[2]
+    rows, index = jnp.arange(len(start))[:, None], jnp.arange(inputs.query.shape[1])
+    count = jnp.sum(inputs.weights[0] > 0, axis=1, keepdims=True)
+    is_kept = (index < count) & (count - size <= index)
+    # What is not kept goes to places that do not exist, and so is dropped.
+    places = jnp.where(is_kept, (start[:, None] + index) % size, size + index)
 
     def put(kept: jax.Array, new: jax.Array) -> jax.Array:
         # One at a time in place, where a slice of the layer would be copied whole.
-        return kept.at[layer, rows, places].set(new.astype(kept.dtype), unique_indices=True)
+        target = kept.at[layer, rows, places]
+        return target.set(new.astype(kept.dtype), unique_indices=True, mode="drop")
 
     return {name: put(kept, getattr(inputs, name)) for name, kept in cache.items()}
 
@@ -108,18 +114,54 @@ def read(cache: Cache, inputs: Inputs, start: Int[Array, " B"], layer: Any) -> I
     )
 
 
-def num_chunks(cache: Cache, written: Int[Array, " B"]) -> Int[Array, ""]:
-    """Returns how many chunks of places hold all tokens, of which each row has written so many."""
+def push(
+    cache: Cache, inputs: Inputs, start: Int[Array, " B"], layer: Any, unit: int
+) -> tuple[Inputs, Int[Array, " B"], Cache]:
+    """Writes tokens of which the last may take the places of what the first still see.
+
+    Returns inputs of these queries over what was kept before and their own keys, in order, where
+    each row's queries start among those, and the cache. The position of the first key, which may
+    be below 0, is a multiple of `unit` tokens, so that blocks of the keys are the sequence's.
+    """
+    size, num_queries = cache["key"].shape[2], inputs.query.shape[1]
+    rows, first = jnp.arange(len(start))[:, None], start[:, None]
+
+    def lies(index: jax.Array) -> jax.Array:
+        """Where tokens lie in the kept and the new ones together, by number from the first new."""
+        return jnp.where(index < 0, (first + index) % size, size + index)
+
+    before = -(-size // unit) * unit
+    offset = before + start % unit
+    index = jnp.arange(before + unit - 1 + num_queries) - offset[:, None]
+    last = jnp.sum(inputs.weights[0] > 0, axis=1, keepdims=True) - 1
+    held = last - (first + last - jnp.arange(size)) % size
+    seen, written = {}, {}
+    for name, kept in cache.items():
+        both = [kept[layer], getattr(inputs, name).astype(kept.dtype)]
+        joined = jnp.concatenate(both, axis=1)
+        seen[name] = joined[rows, lies(jnp.minimum(index, num_queries - 1))]
+        written[name] = kept.at[layer].set(joined[rows, lies(held)])
+    is_token = ((0 <= first + index) & (index < num_queries)).astype(jnp.int32)
+    of_keys = first + index, is_token, jnp.ones(index.shape, jnp.float32)
+    of_queries = inputs.positions[0], jnp.ones_like(inputs.positions[0]), inputs.weights[0]
+    positions, segment_ids, weights = zip(of_queries, of_keys, strict=True)
+    tokens = {"positions": positions, "segment_ids": segment_ids, "weights": weights}
+    return dataclasses.replace(inputs, **seen, **tokens), offset, written
+
+
+def num_chunks(cache: Cache, start: Int[Array, " B"]) -> int | Int[Array, ""]:
+    """Returns how many chunks of places hold what is written, where tokens `start` are the last."""
     size = cache["key"].shape[2]
-    return -(-jnp.minimum(jnp.max(written), size) // min(_CHUNK, size))
+    width = _chunk(size)
+    return 1 if width == size else jnp.minimum(jnp.max(start), size - 1) // width + 1
 
 
 def read_chunk(
-    cache: Cache, written: Int[Array, " B"], layer: Any, index: Any
+    cache: Cache, start: Int[Array, " B"], layer: Any, index: Any
 ) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Int[Array, "B C"]]:
     """Returns keys, values and positions of a chunk of places; those of no token are below 0."""
     size = cache["key"].shape[2]
-    width = min(_CHUNK, size)
+    width = _chunk(size)
     first = jnp.minimum(index * width, size - width)  # the last chunk reaches into the one before
     key, value = (
         jax.lax.dynamic_slice_in_dim(
@@ -128,5 +170,10 @@ def read_chunk(
         for name in _KEYS
     )
     places = first + jnp.arange(width)
-    is_new = (index * width <= places) & (places < written[:, None])
-    return key, value, jnp.where(is_new, places, -1)
+    positions = start[:, None] - (start[:, None] - places) % size  # the last written there
+    return key, value, jnp.where(index * width <= places, positions, -1)
+
+
+def _chunk(size: int) -> int:
+    """Places of a chunk. Off the CPU a loop of unknown length waits for the host: all at once."""
+    return min(_CHUNK, size) if targets.current().platform == "cpu" else size

@@ -45,7 +45,7 @@ def attend(
     Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", arXiv 1805.02867.
 
     Args:
-      query: one of each sequence; it sees some key.
+      query: one of each sequence.
       chunk: the keys by the number of their chunk.
       num_chunks: how many there are, which may be known only when this runs.
       scale: of the scores.
@@ -77,4 +77,6 @@ def attend(
         jnp.zeros((batch, num_heads, head_dim), jnp.float32),
     )
     _, total, output = jax.lax.fori_loop(0, num_chunks, add, start)
-    return (output / total[..., None]).reshape(query.shape).astype(query.dtype)
+    # At least 1 where something is seen; a row whose token does not count may see nothing.
+    output = output / jnp.maximum(total, 1.0)[..., None]
+    return output.reshape(query.shape).astype(query.dtype)

@@ -17,13 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from sparseformer_jax import mesh
 from sparseformer_jax.attention import _cache, _one_hot, _reports, _sharding
 from sparseformer_jax.attention._cache import Cache
-from sparseformer_jax.attention.inputs import (
-    ON_DEMAND,
-    Inputs,
-    Noise,
-    Shard,
-    local_noise,
-)
+from sparseformer_jax.attention.inputs import ON_DEMAND, Inputs, Noise, Shard, local_noise
 from sparseformer_jax.figures import Shown
 from sparseformer_jax.model.config import ModelConfig
 from sparseformer_jax.model.layers import Norm, Projection, residual_scale
@@ -179,7 +173,7 @@ class Attention(nnx.Module):
     def init_cache(self, batch_size: int, size: int, num_layers: int = 1) -> Cache:
         """Returns the empty cache of so many sequences of at most `size` tokens.
 
-        A method that may forget tokens overrides it, with `_decode`. Layers share arrays.
+        A method that may forget tokens overrides it, as `RuleAttention` does. Layers share arrays.
         """
         names = _cache.fields(self.needs, gathers_keys=self.gathers_keys)
         return _cache.empty(names, self.config, (num_layers, batch_size, size))
@@ -336,19 +330,21 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         """Writes keys and values of the local rows and heads, then attends to all of a row."""
         cache = _cache.write(cache, inputs, start, layer)
-        num_queries = inputs.query.shape[1]
+        seen = _cache.read(cache, inputs, start, layer)
+        return self._attend_rows(seen, start, inputs.query.shape[1], shard), cache
+
+    def _attend_rows(self, seen: Inputs, start: jax.Array, length: int, shard: Shard) -> jax.Array:
+        """Attends, row by row, to its keys from so many queries that start anywhere among them."""
 
         def row(inputs: Inputs, start: jax.Array) -> jax.Array:
             inputs = jax.tree.map(lambda x: x[None] if x.ndim else x, inputs)
             if not self.gathers_keys:
                 attended = self.attend(inputs, shard).output[0]
-                return jax.lax.dynamic_slice_in_dim(attended, start, num_queries)
-            at_start = dataclasses.replace(shard, query_offset=start)
-            return self.attend(inputs, at_start).output[0]
+                return jax.lax.dynamic_slice_in_dim(attended, start, length)
+            return self.attend(inputs, dataclasses.replace(shard, query_offset=start)).output[0]
 
-        seen = _cache.read(cache, inputs, start, layer)
         axes = jax.tree.map(lambda x: 0 if x.ndim else None, seen)
-        return jax.vmap(row, (axes, 0))(seen, start), cache
+        return jax.vmap(row, (axes, 0))(seen, start)
 
     def _decode_sharded(
         self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, layer: Any

@@ -109,6 +109,12 @@ class Method(RuleAttention):
         """The window, in tokens."""
         return self.options.span_size if self.options.span == "window" else None
 
+    @property
+    def span(self) -> int:
+        """The tokens of the span, in the block before too where it is seen."""
+        blocks = 2 if self.options.span == "block_and_previous" else 1
+        return blocks * self.options.span_size
+
     def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns attention over the span, with its density."""
         query, key, value, segment_ids = (

@@ -1,5 +1,6 @@
 """Every method decodes from its cache what it computes of the whole sequence."""
 
+import importlib
 import pathlib
 import runpy
 
@@ -16,6 +17,9 @@ from tests.model.harness import normal, randomized
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 BATCH, SIZE = 3, 45  # no multiple of any block
+SMALL = ModelConfig(
+    vocab_size=8, num_layers=1, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=16
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +33,9 @@ def attentions(name):
     options = registry.options("attention", config.attention)
     model = ModelConfig(**config.model)
     kinds = registry.method("attention", name).Method.layer_kinds(options, model.num_layers)
-    return [randomized(lambda k=k, o=o: k(model, o, rngs=nnx.Rngs(0))) for k, o in set(kinds)]
+    return [
+        randomized(lambda k=k, o=o: k(model, o, rngs=nnx.Rngs(0))) for k, o in dict.fromkeys(kinds)
+    ]
 
 
 @pytest.mark.representative("*combiner", "*masformer")
@@ -59,10 +65,43 @@ def test_decoding_equals_the_whole_sequence(name):
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+FORGETFUL = {
+    "window": ("masformer", {"span": "window", "span_size": 6}),
+    "block": ("masformer", {"span": "block", "span_size": 8}),
+    "block_and_previous": ("masformer", {"span": "block_and_previous", "span_size": 4}),
+    "longer_than_the_cache": ("masformer", {"span": "block", "span_size": 64}),
+}
+
+
+@pytest.mark.representative("window")
+@pytest.mark.parametrize("case", FORGETFUL)
+def test_what_is_forgotten_is_never_read_again(case):
+    """Prompts longer than the cache, then several tokens at once, then one by one."""
+    name, options = FORGETFUL[case]
+    method = importlib.import_module(f"sparseformer_jax.attention.{name}")
+    attention = method.Method(SMALL, method.Options(**options), rngs=nnx.Rngs(0))
+    x = jnp.asarray(normal(0, BATCH, SIZE, SMALL.embed_dim))
+    positions = jnp.broadcast_to(jnp.arange(SIZE), (BATCH, SIZE))
+    whole = np.asarray(jax.jit(attention)(x, positions, None).output)
+    decode = jax.jit(attention.decode)
+    cache, rows = attention.init_cache(BATCH, SIZE), np.arange(BATCH)[:, None]
+    start = np.zeros(BATCH, np.int32)
+    reads = [(12, [10, 12, 1]), (12, [12, 7, 2]), *[(1, [1, 1, 1])] * 14]
+    for width, lengths in reads:
+        index = start[:, None] + np.arange(width)
+        is_own = (np.arange(width) < np.asarray(lengths)[:, None])[..., None]
+        filled = np.where(is_own, x[rows, index], 3.0)
+        output, cache = decode(filled, start, cache, np.asarray(lengths))
+        expected = is_own * whole[rows, index]
+        # Sums of at most 45 terms in another order, twice: weights, then projections.
+        np.testing.assert_allclose(is_own * output, expected, atol=1e-5 * np.abs(whole).max())
+        start = start + np.asarray(lengths, np.int32)
+
+
 @pytest.mark.representative("*masformer")
 @pytest.mark.parametrize("name", registry.names("attention"))
 def test_devices_share_rows_and_heads(name):
-    attention = attentions(name)[0]
+    attention = attentions(name)[-1]
     x = jnp.asarray(normal(1, 4, 9, attention.config.embed_dim))
     start = np.asarray([0, 3, 5, 2], np.int32)
     decode = jax.jit(lambda x, start, cache: attention.decode(x, start, cache))
