@@ -4,7 +4,8 @@
 
 Needs no download and no accelerator: two CPU cores take a minute or two. Expect about
 2.3 bits per byte on held-out files. `quickstart.py:masformer`, `:routing`, `:combiner` and
-`:dense` train the same model with other attention. Several devices need more than the two rows
+`:dense` train the same model with other attention, `:pgf` and `:maskllm` dense attention with
+weights of which two of every four are kept. Several devices need more than the two rows
 of a step: `--config.train.batch_size=8`.
 """
 
@@ -22,11 +23,20 @@ ATTENTION = {
 }
 
 
+SPARSITY = {
+    "pgf": {"dense_steps": 200, "decay_steps": 1200},
+    "maskllm": {"schedule_steps": 2000, "weight_decay": 0.0, "regularizer": 0.0},
+}
+
+
 def get_config(method: str = "s2") -> ConfigDict:
-    """Returns the quickstart of an attention method: a key of `ATTENTION`."""
-    check_choice("config argument", method, tuple(ATTENTION))
+    """Returns the quickstart of a method: a key of `ATTENTION` or `SPARSITY`."""
+    check_choice("config argument", method, (*ATTENTION, *SPARSITY))
     config = default_config.get_config()
-    config.attention = registry.method_config("attention", method, **ATTENTION[method])
+    attention = "dense" if method in SPARSITY else method
+    config.attention = registry.method_config("attention", attention, **ATTENTION[attention])
+    if method in SPARSITY:
+        config.sparsity = registry.method_config("sparsity", method, **SPARSITY[method])
     # Two cores have time for a million tokens, from which many small steps of a shallow model
     # learn more than fewer steps of a deeper or wider one; docs/benchmarks.md has numbers.
     config.model.num_layers = 2

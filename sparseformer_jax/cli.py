@@ -167,6 +167,8 @@ def _train(own: flags.FlagValues, argv: list[str]) -> None:
         command.require(own, argv, "workdir")
     config = config_flags.load(own.config)
     command.override(config, own, argv)
+    if command.inherit(config):
+        command.override(config, own, argv)
     command.order_sums(config)
     # Imported late, here and below: a mistyped flag is told at once.
     command.start_jax(own)

@@ -85,7 +85,30 @@ def override(config: ConfigDict, own: flags.FlagValues, argv: list[str]) -> None
         raise ConfigError(f"{positional[0]}: not expected; flags are --name=value")
 
 
-def saved(workdir: str) -> ConfigDict:
+def inherit(config: ConfigDict) -> bool:
+    """Takes the settings of the run in `init_from`, if `init_settings` asks; returns whether.
+
+    Raises:
+      ConfigError: there is no such run.
+    """
+    if not config.init_settings:
+        return False
+    if not config.init_from:
+        raise ConfigError(
+            "init_from='': this config has the model of another run; name it,"
+            " --config.init_from=WORKDIR"
+        )
+    other = saved(re.sub(r":\d+$", "", config.init_from), field="--config.init_from")
+    config.model = other.model
+    if config.attention.name == "dense":
+        config.attention = other.attention
+    for key in ("tokenizer", "bos_token", "eos_token"):
+        config.data[key] = other.data[key]
+    config.init_settings = False
+    return True
+
+
+def saved(workdir: str, field: str = "--workdir") -> ConfigDict:
     """Returns the config that training wrote into a workdir.
 
     Raises:
@@ -95,7 +118,8 @@ def saved(workdir: str) -> ConfigDict:
 
     file = pathlib.Path(workdir) / "config.json"
     if not file.is_file():
-        raise ConfigError(f"--workdir={workdir}: has no config.json; pass --config")
+        fix = "; pass --config" if field == "--workdir" else ""
+        raise ConfigError(f"{field}={workdir}: has no config.json{fix}")
     try:
         return completed(from_json(file.read_bytes()))
     except ValueError as error:

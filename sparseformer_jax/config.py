@@ -35,6 +35,7 @@ def validate(
     rules.check_values(values)
     rules.check_model(values)
     rules.check_rotary(values)
+    rules.check_start(values)
     rules.check_data(values)
     rules.check_steps(values)
     mesh = rules.resolve_mesh(config.mesh, num_devices)

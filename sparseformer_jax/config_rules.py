@@ -139,6 +139,14 @@ def _check_local_layers(layers: tuple[int, ...], theta: float | None, num_layers
         )
 
 
+def check_start(values: dict[str, Any]) -> None:
+    """Checks that the settings of another run have been taken, where they were to be."""
+    if values["init_settings"]:
+        raise ConfigError(
+            "init_settings=True: the settings of init_from are not here yet; train.py takes them"
+        )
+
+
 def check_data(values: dict[str, Any]) -> None:
     """Checks that there is one source of text and something left to train on."""
     if values["data.files"] and values["data.tfds_name"]:

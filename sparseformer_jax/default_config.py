@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     # WORKDIR or WORKDIR:STEP of another run, whose parameters this one starts with, layer by
     # layer; only what its method adds is initialised. A run that resumes does not read it.
     config.init_from = ""
+    # That run's model and tokenizer too, and its attention where this config has the dense one.
+    config.init_settings = False  # The command reads them; --config.KEY=VALUE counts more.
 
     config.model = _model()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from sparseformer_jax import config as config_lib
@@ -71,8 +72,11 @@ def summary(config: ConfigDict, model_def: ModelDef) -> str:
     """Returns one line about a model, for the start of a run."""
     cost = costs(config, model_def)
     density = sum(cost.densities) / len(cost.densities)
+    name = config.attention.name
+    if model_def.targets:
+        name = f"{name}, weights {config.sparsity.name} {' '.join(config.sparsity.targets)}"
     return (
-        f"{config.attention.name}: {units.count(cost.parameters)} parameters "
+        f"{name}: {units.count(cost.parameters)} parameters "
         f"({units.count(cost.trainable)} trainable), {units.count(3 * cost.forward_flops)}FLOP to "
         f"train on a token, attention density {density:.3f}"
     )
@@ -96,6 +100,7 @@ def describe(config: ConfigDict) -> str:
         f"{summary(config, model_def)}\n"
         f"parameters: {cost.parameters:,} ({cost.trainable:,} trainable)\n"
         f"{_learned_state(model_def)}"
+        f"{_sparsity(config, model_def)}"
         f"FLOPs per token: {units.count(cost.forward_flops)} forward, "
         f"{units.count(3 * cost.forward_flops)} training\n"
         f"memory per device: {units.size(state_bytes)} state, {units.size(temporary_bytes)} "
@@ -111,6 +116,40 @@ def _learned_state(model_def: ModelDef) -> str:
         f"learned state: {name} {v.dtype}{list(v.shape)}, {v.type.__name__}, not by gradients\n"
         for name, v in model_def.variables.items()
     )
+
+
+def _sparsity(config: ConfigDict, model_def: ModelDef) -> str:
+    """Lines on sparse weights: how many, what is kept, what training with them costs."""
+    if not model_def.targets:
+        return ""
+    sizes = {name: model_def.params[name].size for name in model_def.targets}
+    patterns = {name: target.pattern for name, target in model_def.targets.items()}
+    total = sum(sizes.values())
+    text = f"sparse weights: {units.count(total)}, {config.sparsity.name}"
+    if all(pattern is not None for pattern in patterns.values()):
+        kept = sum(sizes[name] * pattern.density for name, pattern in patterns.items() if pattern)
+        shown = ", ".join(sorted({str(pattern) for pattern in patterns.values()}))
+        share = training_flops(config, model_def) / training_flops(config, model_def, dense=True)
+        text += (
+            f", {shown}, {kept / total:.3f} kept; all steps cost {share:.3f} of a dense run's FLOPs"
+        )
+    layer = max(math.prod(model_def.layer_shape(name)) for name in model_def.targets)
+    return f"{text}; the largest of a layer has {units.count(layer)}\n"
+
+
+def training_flops(config: ConfigDict, model_def: ModelDef, *, dense: bool = False) -> float:
+    """Returns the FLOPs of all steps of a run, of which sparse weights need the part they use.
+
+    Hardware that skips what is dropped needs as many; others need those of a dense run.
+    """
+    train, steps = config.train, np.arange(config.train.num_steps)
+    tokens = train.batch_size * config.data.seq_len
+    all_steps = 3.0 * costs(config, model_def).forward_flops * len(steps)
+    for name, target in () if dense else model_def.targets.items():
+        if target.pattern is not None:
+            used = model_def.sparsity.training_density(target.pattern, steps)
+            all_steps -= 6 * model_def.params[name].size * float(np.sum(1 - used))
+    return tokens * all_steps
 
 
 def _cache(config: ConfigDict, model_def: ModelDef) -> str:

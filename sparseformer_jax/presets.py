@@ -12,11 +12,12 @@ def baseline(size: str) -> ConfigDict:
     "tiny": 0.1 M parameters and a vocabulary of bytes, for tests on a CPU; "small": 124 M, 8k
     tokens, one GPU or TPU chip; "paper": 1.3 B, 8k tokens, a TPU pod slice or 8 GPUs. The
     last two have the vocabulary of GPT-2's tokenizer, to be given as `data.tokenizer`.
+    "pretrained": the model and the tokenizer of the run that `init_from` names.
 
     Raises:
       ValueError: the size is another.
     """
-    sizes = {"tiny": _tiny, "small": _small, "paper": _paper}
+    sizes = {"tiny": _tiny, "small": _small, "paper": _paper, "pretrained": _pretrained}
     check_choice("config size", size, tuple(sizes))
     config = default_config.get_config()
     sizes[size](config)
@@ -73,3 +74,10 @@ def _paper(config: ConfigDict) -> None:
     config.optimizer.learning_rate = 2e-4
     config.mesh.data = 1
     config.mesh.fsdp = -1
+
+
+def _pretrained(config: ConfigDict) -> None:
+    config.init_settings = True
+    config.data.seq_len = 1024
+    config.optimizer.learning_rate = 1e-4  # of a model that is already good
+    config.eval.batch_size = 2

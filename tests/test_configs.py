@@ -26,7 +26,7 @@ def test_every_size_is_valid(method, size):
     config = load(f"{method}.py:{size}")
     validate(config, num_devices=8)
     assert to_json(from_json(to_json(config))) == to_json(config)
-    assert config.attention.name == method
+    assert method in (config.attention.name, config.sparsity.name)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,13 @@ def test_a_size_has_the_parameters_it_is_said_to_have(argument, unit, count):
     assert f"{parameters / unit:.{digits}f}" == count.split()[0]
 
 
-@pytest.mark.parametrize("method", ["s2", "masformer", "routing", "combiner", "dense"])
+@pytest.mark.parametrize(
+    "method", ["s2", "masformer", "routing", "combiner", "dense", "pgf", "maskllm"]
+)
 def test_quickstart_is_valid_on_one_device(method):
     config = load(f"quickstart.py:{method}")
     validate(config, num_devices=1)
-    assert config.attention.name == method
+    assert method in (config.attention.name, config.sparsity.name)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,6 +69,8 @@ def test_tiny_trains_two_steps(method, tmp_path, capsys):
     config = load(f"{method}.py:tiny")
     config.train.num_steps = 2
     config.optimizer.warmup_steps = 1
+    if method == "pgf":
+        config.sparsity.dense_steps, config.sparsity.decay_steps = 0, 1
     config.train.batch_size = jax.device_count()
     config.eval.num_batches = 1
     config.eval.plots = False

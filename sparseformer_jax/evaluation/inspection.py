@@ -17,7 +17,7 @@ from sparseformer_jax import data, mesh
 from sparseformer_jax.attention.base import Attention
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.figures import ShownLayer
-from sparseformer_jax.model.transformer import Block
+from sparseformer_jax.model.block import Block
 from sparseformer_jax.training.state import ModelDef, TrainState
 
 MAX_TOKENS = 512  # of the window whose weights are shown, as there are T^2 of them

@@ -39,7 +39,7 @@ def start(
         f"{_module(n)}{own}": _spec(model_def, n, own) for n in targets for own in _own(model_def)
     }
 
-    def make(params: "Params", priors: Mapping[str, jax.Array]) -> "Params":
+    def make(params: "Params", priors: Mapping[str, jax.Array], key: jax.Array) -> "Params":
         made: Params = {}
         for name in targets:
             layers = model_def.names.of(name)
@@ -57,7 +57,7 @@ def start(
         return made
 
     weights = {name: params[name] for name in targets}
-    made = jax.sharding.auto_axes(make, out_sharding=specs)(weights, dict(priors))
+    made = jax.sharding.auto_axes(make, out_sharding=specs)(weights, dict(priors), key)
     return (
         {name: made.get(name, x) for name, x in params.items()},
         {name: made.get(name, x) for name, x in variables.items()},

@@ -10,8 +10,9 @@ from flax import nnx
 
 from sparseformer_jax import default_config, mesh, registry
 from sparseformer_jax.attention import dense, masformer
+from sparseformer_jax.model.block import layer_kinds
 from sparseformer_jax.model.stack import group_layers
-from sparseformer_jax.model.transformer import Transformer, layer_kinds
+from sparseformer_jax.model.transformer import Transformer
 from sparseformer_jax.training.state import ModelDef
 from tests.model.harness import (
     SMALL,

@@ -8,7 +8,8 @@ from flax import nnx
 
 from sparseformer_jax.attention import dense, masformer
 from sparseformer_jax.attention.base import AttentionOutput
-from sparseformer_jax.model.transformer import Block, Transformer
+from sparseformer_jax.model.block import Block
+from sparseformer_jax.model.transformer import Transformer
 from tests.model import reference
 from tests.model.harness import (
     assert_close,
