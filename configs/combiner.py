@@ -8,6 +8,7 @@ paper: the Wiki-40B language model, 111 M with a vocabulary of 32k pieces: 12 la
   tokens, spans of 128, 125k steps of 128 sequences; the paper reports a perplexity of 17.70
   with fixed spans, and 17.56 with `--config.attention.variant=axial_row`. A TPU pod slice or
   8 GPUs; needs `--config.data.tfds_name=wiki40b/en` installed, and a tokenizer of 32k pieces.
+pretrained: any imported model, which `init_from` names, with this attention in place of its own.
 """
 
 from ml_collections import ConfigDict
@@ -16,9 +17,9 @@ from sparseformer_jax import presets, registry
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """Returns Combiner at a size: "tiny", "small" or "paper"."""
+    """Returns Combiner at a size: "tiny", "small", "paper" or "pretrained"."""
     config = presets.baseline(size)
-    options = {"tiny": {"span_size": 16}, "small": {}, "paper": {}}[size]
+    options = {"span_size": 16} if size == "tiny" else {}
     config.attention = registry.method_config("attention", "combiner", **options)
     if size == "paper":
         _wiki40b(config)

@@ -4,13 +4,14 @@
     python train.py --config=configs/pgf.py:sr_ste,2:4,small --workdir=/tmp/pgf
 
 The argument is a recipe, a pattern and a size, each of which may be left out: sr_ste, mdgf_linear,
-mdgf_exponential, sdgf_stepwise or sdgf_geometric; n kept of every m; tiny, small or paper. The MLPs
-are sparse; `--config.sparsity.targets=ff=2:4,qkv=1:4` says otherwise. The first tenth of the steps
-is dense, the last fifth has hard masks.
+mdgf_exponential, sdgf_stepwise or sdgf_geometric; n kept of every m; tiny, small, paper or
+pretrained. The MLPs are sparse; `--config.sparsity.targets=ff=2:4,qkv=1:4` says otherwise. The
+first tenth of the steps is dense, the last fifth has hard masks.
 
 tiny: 0.1 M parameters, seconds on a CPU, for tests.
 small: the dense baseline's 124 M, one GPU or TPU chip.
 paper: the dense baseline's 1.3 B, a TPU pod slice or 8 GPUs; the paper's own models are T5 and ViT.
+pretrained: any imported model, which `init_from` names.
 """
 
 import typing
@@ -22,7 +23,7 @@ from sparseformer_jax.checks import check_choice
 from sparseformer_jax.sparsity.pgf import Recipe
 
 RECIPES = typing.get_args(Recipe)
-_SIZES = ("tiny", "small", "paper")
+_SIZES = ("tiny", "small", "paper", "pretrained")
 
 
 def get_config(argument: str = "tiny") -> ConfigDict:

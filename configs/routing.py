@@ -7,6 +7,7 @@ small: the dense baseline with 120 M, 8k tokens, 6 of 12 heads routed, 32 cluste
 paper: enwik8 as in the authors' code, 164 M: 12 layers, 8k bytes, 4 of 8 heads routed, 16 clusters
   of 512; their logits, centroids, relative positions and selection, which is not strictly
   causal. With --config.attention.selection=causal it is.
+pretrained: any imported model, which `init_from` names, with this attention in place of its own.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from sparseformer_jax import presets, registry
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
-    """Returns the Routing Transformer at a size: "tiny", "small" or "paper"."""
+    """Returns the Routing Transformer at a size: "tiny", "small", "paper" or "pretrained"."""
     config = presets.baseline(size)
     options: dict[str, Any] = {
         "tiny": {"num_clusters": 4, "window_size": 16, "block_size": 16},
@@ -33,6 +34,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
             "block_size": 256,
             "local_relative": 513,
         },
+        "pretrained": {},
     }[size]
     config.attention = registry.method_config("attention", "routing", **options)
     config.model.num_kv_heads = config.model.num_heads

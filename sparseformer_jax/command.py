@@ -102,7 +102,7 @@ def inherit(config: ConfigDict) -> bool:
     config.model = other.model
     if config.attention.name == "dense":
         config.attention = other.attention
-    for key in ("tokenizer", "bos_token", "eos_token"):
+    for key in ("tokenizer", "bos_token", "eos_token", "stop_tokens"):
         config.data[key] = other.data[key]
     config.init_settings = False
     return True

@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from sparseformer_jax import config_flags
+from sparseformer_jax import command, config_flags, registry
+from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.config import from_json, to_json, validate
 from sparseformer_jax.training import loop
 from sparseformer_jax.training.state import ModelDef
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OTHERS = ("default", "pretrained", "quickstart")
+OTHERS = ("default", "quickstart")
 METHODS = [path.stem for path in CONFIGS.glob("*.py") if path.stem not in OTHERS]
 
 
@@ -27,6 +28,29 @@ def test_every_size_is_valid(method, size):
     validate(config, num_devices=8)
     assert to_json(from_json(to_json(config))) == to_json(config)
     assert method in (config.attention.name, config.sparsity.name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_may_start_from_a_pretrained_model(method, tmp_path):
+    other = load("dense.py:tiny")
+    other.model.mlp, other.data.bos_token = "geglu_tanh", ""
+    other.attention = registry.method_config("attention", "masformer", num_full_layers=0)
+    (tmp_path / "config.json").write_text(to_json(other))
+    config = load(f"{method}.py:pretrained")
+    with pytest.raises(ConfigError, match="init_settings=True: the settings of init_from"):
+        validate(config, num_devices=1)
+    with pytest.raises(ConfigError, match="init_from='': this config has the model of another"):
+        command.inherit(config)
+    config.init_from = f"{tmp_path}:7"
+    assert command.inherit(config)
+    assert not command.inherit(config)
+    assert (config.model, config.data.bos_token) == (other.model, "")
+    is_own = method in ("dense", *registry.names("sparsity"))
+    assert config.attention.name == ("masformer" if is_own else method)
+    config.init_from = "absent"
+    config.init_settings = True
+    with pytest.raises(ConfigError, match=r"--config.init_from=absent: has no config.json$"):
+        command.inherit(config)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ class Sampler:
         devices = jax.devices()[:num_devices]
         with jax.set_mesh(mesh.make_mesh({"tensor": num_devices}, devices)):
             model_def = ModelDef(config)
-            state = restore_state(model_def, workdir, step)
+            # Masks are applied once, not for every token.
+            model_def, state = model_def.hardened(restore_state(model_def, workdir, step))
             self.step = int(state.step)
             self._decoder = Decoder(
                 model_def,

@@ -192,6 +192,27 @@ class ModelDef:
             for name, target in self.targets.items()
         }
 
+    def hardened(self, state: TrainState) -> tuple["ModelDef", TrainState]:
+        """Returns a model of dense weights, zero where masks drop them, for many calls of it."""
+        if not self.targets:
+            return self, state
+        config = self.config.copy_and_resolve_references()
+        config.sparsity = registry.method_config("sparsity", "none")
+        config.train.trainable = "all"
+        dense = ModelDef(config)
+
+        def layers(params: Params, variables: Params) -> Params:
+            values = {**params, **variables}
+            return self.to_layers({**values, **self.hard_weights(values)})
+
+        named = jax.jit(layers)(state.params, state.variables)
+        params, variables = (
+            {n: named[n] for name in part for n in dense.names.of(name)}
+            for part in (dense.params, dense.variables)
+        )
+        params, variables = dense.from_layers((params, variables))
+        return dense, TrainState(state.step, params, variables)
+
     def hard_weights(self, values: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Returns sparse weights with zeros where their masks drop them; see `masks`."""
         return {name: hard(values[name], kept) for name, kept in self.masks(values).items()}

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sparseformer_jax import command, config_flags, default_config, mesh
 from sparseformer_jax import config as config_lib
-from sparseformer_jax import config_flags, default_config, mesh
 from sparseformer_jax import data as data_lib
-from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.pretrained import architectures
 from sparseformer_jax.pretrained.__main__ import main
 from sparseformer_jax.pretrained.fields import Fields
@@ -344,13 +343,16 @@ def test_a_damaged_file_among_shards(tmp_path, capsys):
     assert "ends at byte" in line
 
 
-def pretrained_config(argument):
-    return config_flags.load(f"configs/pretrained.py:{argument}")
+def pretrained_config(method, workdir):
+    config = config_flags.load(f"configs/{method}.py:pretrained")
+    config.init_from = str(workdir)
+    command.inherit(config)
+    return config
 
 
 def test_a_sparse_run_starts_from_it(imported):
     _, workdir = imported
-    config = pretrained_config(f"s2:{workdir}")
+    config = pretrained_config("s2", workdir)
     config.attention.block_size = 8
     config_lib.validate(config, num_devices=1)
     with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
@@ -379,22 +381,9 @@ def test_a_window_that_is_null_or_absent(window, expected):
 def test_its_own_attention_goes_on(tmp_path):
     settings = LLAMA | {"model_type": "mistral", "sliding_window": 8}
     run("import", write_folder(tmp_path / "in", settings), f"--workdir={tmp_path / 'run'}")
-    attention = pretrained_config(f"own:{tmp_path / 'run'}").attention
+    attention = pretrained_config("dense", tmp_path / "run").attention
     assert (attention.name, attention.span, attention.span_size) == ("masformer", "window", 8)
     assert attention.num_full_layers == 0
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("s2", "must be METHOD:WORKDIR"),
-        ("s3:run", "not one of own, combiner"),
-        ("s2:absent", "absent: has"),
-    ],
-)
-def test_bad_argument_of_the_config(argument, message):
-    with pytest.raises(ConfigError, match=message):
-        pretrained_config(argument)
 
 
 @pytest.mark.parametrize("package", ["gguf", "tokenizers", "safetensors.numpy"])
