@@ -24,7 +24,16 @@ KINDS = ("attention", "sparsity")
 # What the methods of a folder share; not a method.
 _SHARED_MODULES = {
     "attention": ("base", "inputs"),
-    "sparsity": ("base", "layers", "nm", "one_shot", "packing", "targets"),
+    "sparsity": (
+        "base",
+        "calibration",
+        "layers",
+        "nm",
+        "one_shot",
+        "packing",
+        "targets",
+        "workdirs",
+    ),
 }
 
 

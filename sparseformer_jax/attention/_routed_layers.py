@@ -35,8 +35,12 @@ class SharedOutput(Projection):
         shared = in_use(self.shared, self.dtype)
         kernel = in_use(self.kernel, self.dtype)
         if x.shape[0] * x.shape[1] < kernel.shape[-1]:
-            return self.by(kernel, jnp.einsum("btnh,hk->btnk", x.astype(self.dtype), shared))
+            return self.by(kernel, self.operand(x))
         return self.by(jnp.einsum("hk,nkd->nhd", shared, kernel), x)
+
+    def operand(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        """Returns the heads' outputs, each times the shared matrix."""
+        return jnp.einsum("btnh,hk->btnk", x.astype(self.dtype), in_use(self.shared, self.dtype))
 
 
 class LocalQueries(Projection):

@@ -113,6 +113,10 @@ class Projection(nnx.Module):
         """Returns y of shape [*x.shape[:-len(in_shape)], *out_shape]."""
         return self.by(in_use(self.kernel, self.dtype), x)
 
+    def operand(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns what the kernel multiplies of x: all, unless something comes before it."""
+        return x
+
     def by(self, kernel: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the same with a kernel made of this one, as products see it."""
         out_axes = mesh.gathered_axes(self.kernel.axes)[self.in_dims :]

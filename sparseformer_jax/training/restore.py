@@ -1,6 +1,7 @@
 """States as checkpoints hold them, by the names of layers, and the way back from there."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,30 @@ def restore_state(model_def: ModelDef, workdir: Path, step: int | None = None) -
     Raises:
       ValueError: there is no such checkpoint, or it does not fit the model.
     """
+    with _opened(workdir, step) as (checkpoints, step):
+        params, variables = model_def.abstract(jax.sharding.get_mesh())
+        asked = {"params": params, "variables": variables}
+        items = _read(model_def, checkpoints, step, asked)
+        return TrainState(jnp.asarray(step, jnp.int32), **items)
+
+
+def restore_layers(
+    model_def: ModelDef, workdir: Path, step: int | None = None
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Returns the step, and "params" and "variables" by layer, in the host's memory.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it does not fit the model.
+    """
+    with _opened(workdir, step) as (checkpoints, step):
+        params, variables = model_def.abstract(jax.sharding.get_mesh())
+        layers = model_def.abstract_layers({"params": params, "variables": variables})
+        return step, _fitting(checkpoints, step, layers).load(layers)
+
+
+@contextlib.contextmanager
+def _opened(workdir: Path, step: int | None) -> Iterator[tuple[Checkpoints, int]]:
+    """The checkpoints of a run, and the step asked for, or the newest."""
     workdir = Path(workdir)
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"--workdir={workdir} holds no checkpoints; train there first")
@@ -53,24 +78,26 @@ def restore_state(model_def: ModelDef, workdir: Path, step: int | None = None) -
         step = checkpoints.latest_step if step is None else step
         if step is None:
             raise ConfigError(f"--workdir={workdir} holds no complete checkpoint yet")
-        params, variables = model_def.abstract(jax.sharding.get_mesh())
-        asked = {"params": params, "variables": variables}
-        items = _read(model_def, checkpoints, step, asked)
-        return TrainState(jnp.asarray(step, jnp.int32), **items)
+        yield checkpoints, step
 
 
 def _read(
     model_def: ModelDef, checkpoints: Checkpoints, step: int, asked: dict[str, Any]
 ) -> dict[str, Any]:
     """Reads items of a state, all variables among them."""
-    stored = Stored(checkpoints, step)
     layers = model_def.abstract_layers(asked)
+    return model_def.placed(_fitting(checkpoints, step, layers).load(layers), asked)
+
+
+def _fitting(checkpoints: Checkpoints, step: int, layers: dict[str, Any]) -> "Stored":
+    """A checkpoint whose parameters and variables are those asked for, by layer."""
+    stored = Stored(checkpoints, step)
     wrong = differences(stored.arrays, {**layers["params"], **layers["variables"]})
     if wrong:
         raise ConfigError(
             f"checkpoint {step} in {checkpoints.directory} does not fit the config: {wrong}"
         )
-    return model_def.placed(stored.load(layers), asked)
+    return stored
 
 
 class Stored:

@@ -1,0 +1,139 @@
+"""The commands: `python -m sparseformer_jax.sparsity prune`, `report` and `bake`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from sparseformer_jax import command
+from sparseformer_jax.checks import check_choice
+
+_USAGE = """\
+Sparse weights of trained models.
+
+  python -m sparseformer_jax.sparsity prune --workdir=/tmp/model --method=wanda --pattern=2:4 \\
+      --out=/tmp/sparse
+  python -m sparseformer_jax.sparsity report --workdir=/tmp/sparse
+  python -m sparseformer_jax.sparsity bake --workdir=/tmp/sparse --out=/tmp/dense
+
+Each tells more with --help.
+"""
+
+_PRUNE_USAGE = """\
+Makes of a dense run one with masks, without training.
+
+  python -m sparseformer_jax.sparsity prune --workdir=/tmp/model --method=magnitude --pattern=2:4 \\
+      --out=/tmp/sparse
+  python -m sparseformer_jax.sparsity prune --workdir=/tmp/model --method=wanda --pattern=0.5 \\
+      --dsnot --targets=ff --out=/tmp/sparse --config.data.files=text.jsonl
+  python -m sparseformer_jax.sparsity prune --workdir=/tmp/model --method=sparsegpt \\
+      --update_weights --pattern=2:4 --out=/tmp/sparse --num_samples=64 --seq_len=512
+
+Methods: magnitude, which reads no text, wanda, ria, and sparsegpt, which may update the weights it
+keeps; --dsnot exchanges weights of their masks. A pattern is n:m, n of every m along what a
+product sums over, or the kept fraction. What comes next:
+
+  python -m sparseformer_jax.evaluation.windows --workdir=/tmp/sparse --files=test.txt
+  python -m sparseformer_jax.sparsity report --workdir=/tmp/sparse
+
+and --config.init_from=/tmp/sparse --config.sparsity.name=fixed has a run train what is kept.
+--config.data.* say what text is read; the new run keeps the config of the old one.
+"""
+
+_BAKE_USAGE = """\
+Writes a run with sparse weights as a dense one, with zeros where its masks drop them.
+
+  python -m sparseformer_jax.sparsity bake --workdir=/tmp/sparse --out=/tmp/dense
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command that the first argument names; `argv` is sys.argv unless given.
+
+    A user's mistake ends the process with one line on stderr and exit code 2.
+    """
+    program, *arguments = sys.argv if argv is None else argv
+    name = arguments[0] if arguments else "--help"
+    if name in _COMMANDS:
+        _COMMANDS[name]([f"{program} {name}", *arguments[1:]])
+    else:
+        command.run(_unknown, command.new_flags(), _USAGE, [program, name])
+
+
+def _unknown(own: flags.FlagValues, argv: list[str]) -> None:
+    check_choice("command", argv[1], tuple(_COMMANDS))
+
+
+def _prune(argv: Sequence[str]) -> None:
+    own = command.new_flags()
+    command.text(own, "workdir", "folder that training or an import wrote")
+    command.text(own, "method", "magnitude, wanda, sparsegpt or ria")
+    command.text(own, "pattern", "n:m, as 2:4, or the kept fraction, as 0.5")
+    command.text(own, "out", "folder to make, a workdir of the same step")
+    flags.DEFINE_string("targets", "all", "all, ff, qkv or regexes on names, with commas", own)
+    command.switch(own, "update_weights", "let sparsegpt change the weights it keeps")
+    command.switch(own, "dsnot", "exchange weights of the mask afterwards")
+    command.number(own, "step", "checkpoint to prune; default: the latest")
+    flags.DEFINE_string("split", "train", "of the text", own)
+    flags.DEFINE_integer("num_samples", 128, "examples of text", 1, flag_values=own)
+    command.number(own, "seq_len", "tokens of each; default: data.seq_len")
+    command.number(own, "seed", "of their draw; default: the config's")
+    command.run(_run_prune, own, _PRUNE_USAGE + "\n" + command.CONFIG_HELP, argv)
+
+
+def _run_prune(own: flags.FlagValues, argv: list[str]) -> None:
+    for name in ("workdir", "method", "pattern", "out"):
+        command.require(own, argv, name)
+    config, overridden = command.saved(own.workdir), command.saved(own.workdir)
+    command.override(overridden, own, argv)
+    if own.seq_len is not None:
+        overridden.data.seq_len = own.seq_len
+    command.start_jax(own)
+    command.validate(overridden)
+    from sparseformer_jax.sparsity import one_shot, workdirs
+    from sparseformer_jax.sparsity._selection import parse
+
+    recipe = one_shot.Recipe(own.method, parse(own.pattern), own.update_weights, own.dsnot)
+    seed = config.seed if own.seed is None else own.seed
+    text = workdirs.Text(own.split, own.num_samples, seed)
+    targets = tuple(own.targets.split(","))
+    print(
+        workdirs.prune(
+            config,
+            Path(own.workdir),
+            Path(own.out),
+            recipe,
+            targets,
+            text=text,
+            overridden=overridden,
+            step=own.step,
+        )
+    )
+
+
+def _bake(argv: Sequence[str]) -> None:
+    own = command.new_flags()
+    command.text(own, "workdir", "folder of a run with sparse weights")
+    command.text(own, "out", "folder to make, a workdir of the same step")
+    command.number(own, "step", "checkpoint to take; default: the latest")
+    command.run(_run_bake, own, _BAKE_USAGE, argv)
+
+
+def _run_bake(own: flags.FlagValues, argv: list[str]) -> None:
+    for name in ("workdir", "out"):
+        command.require(own, argv, name)
+    config = command.saved(own.workdir)
+    command.override(ConfigDict(), own, argv)
+    command.start_jax(own)
+    command.validate(config)
+    from sparseformer_jax.sparsity import workdirs
+
+    print(workdirs.bake(config, Path(own.workdir), Path(own.out), own.step))
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prune": _prune, "bake": _bake}
+
+if __name__ == "__main__":
+    main()
