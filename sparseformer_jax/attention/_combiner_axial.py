@@ -1,12 +1,13 @@
 """Combiner over a grid: the sequence in rows, read along rows and down columns."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from sparseformer_jax.attention import _combiner_cache
+from sparseformer_jax.attention._combiner_cache import Kept
 from sparseformer_jax.attention._combiner_parts import (
     Part,
     Setup,
@@ -15,22 +16,29 @@ from sparseformer_jax.attention._combiner_parts import (
     attend_within,
     cut,
     in_last_document,
+    pad,
 )
+from sparseformer_jax.attention.inputs import Inputs
 
 # Documents of the cells of queries and of keys.
 GridIds = tuple[Int[Array, "B R W"], Int[Array, "B S W"]]
 
 
 def parts(
-    tokens: Tokens, keyed: Tokens, setup: Setup, row_key: Callable[[jax.Array], jax.Array]
+    tokens: Tokens,
+    keyed: Tokens,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    setup: Setup,
 ) -> list[Part]:
     """Returns direct attention inside the own row, and attention to other rows.
 
     Args:
       tokens: of the grid.
       keyed: the same, with the values that the pairs' keys are made of.
+      x: what those are made of beside.
+      positions: of the tokens in their documents.
       setup: of the variant.
-      row_key: makes those keys of what a row's tokens read in it, [B, T, N, H].
     """
     is_causal, num_tokens = setup.config.is_causal, tokens.query.shape[1] * setup.num_shards
     value = attend_within(tokens, setup, is_causal=False)
@@ -38,7 +46,8 @@ def parts(
     if num_tokens == setup.size and not setup.options.count_own_span:
         return [direct]
     of_keys = value if keyed is tokens else attend_within(keyed, setup, is_causal=False)
-    pairs = tokens._replace(key=row_key(of_keys.output), value=value.output)
+    key = setup.row_key(of_keys.output, x, positions)
+    pairs = tokens._replace(key=key, value=value.output)
     return [direct, *setup.both_ways(_earlier_rows, pairs)]
 
 
@@ -99,3 +108,54 @@ def num_pairs(num_tokens: int, size: int, is_causal: bool, count_own_span: bool)
     direct = (inside + num_tokens) // 2
     earlier = size * whole * (whole - 1) // 2 + rest * whole
     return direct + earlier + (inside if rows > 1 else 0)
+
+
+def shapes(num_tokens: int, span_size: int) -> dict[str, tuple[int, ...]]:
+    """Returns what decoding keeps: all of the open row, and the pairs of those before.
+
+    Whole rows are read by each of their queries.
+    """
+    pairs = ((num_tokens - 1) // span_size, span_size)
+    of_tokens = dict.fromkeys(("query", "key", "value", "x"), (span_size,))
+    return {**of_tokens, "row_key": pairs, "row_value": pairs}
+
+
+def remember(
+    prompt: Inputs, lengths: Int[Array, " B"], setup: Setup
+) -> dict[str, Float[Array, "..."]]:
+    """Returns that of whole prompts."""
+    size = setup.size
+    arrays = {"query": prompt.query, "key": prompt.key, "value": prompt.value, "x": prompt.x}
+    tokens = pad(Tokens(prompt.query, prompt.key, prompt.value), size)
+    value = attend_within(tokens, setup, is_causal=False).output
+    key = setup.row_key(value, *pad((prompt.x, prompt.positions[0]), size))
+    row_key, row_value = cut((key, value), size)
+    opened = {name: _combiner_cache.open_tokens(x, lengths, size) for name, x in arrays.items()}
+    return {**opened, "row_key": row_key, "row_value": row_value}
+
+
+def step(token: Inputs, kept: Kept, setup: Setup) -> tuple[list[Part], Kept]:
+    """Returns attention of one token to its row and down its column, and what it leaves."""
+    size = setup.size
+    row, place = jnp.divmod(kept.position, size)
+    for name in ("query", "key", "value", "x"):
+        kept = kept.put(name, (place,), getattr(token, name)[:, 0])
+    attended = [(kept["key"], kept["value"], jnp.arange(size) <= place[:, None])]
+    if "row_key" in kept:
+        kept = _end_row(kept, row, place == size - 1, setup)
+        key, value = (kept.at(name, slice(None), place) for name in ("row_key", "row_value"))
+        attended.append((key, value, jnp.arange(key.shape[1]) < row[:, None]))
+    return [_combiner_cache.attend(token.query, *each, setup) for each in attended], kept
+
+
+def _end_row(kept: Kept, row: Int[Array, " B"], is_over: Bool[Array, " B"], setup: Setup) -> Kept:
+    """Makes the pairs of a row that is over."""
+
+    def pairs() -> tuple[jax.Array, jax.Array]:
+        tokens = Tokens(kept["query"], kept["key"], kept["value"])
+        positions = (row * setup.size)[:, None] + jnp.arange(setup.size)
+        value = attend_within(tokens, setup, is_causal=False).output
+        return setup.row_key(value, kept["x"], positions), value
+
+    key, value = _combiner_cache.where_any(is_over, pairs)
+    return kept.put("row_key", (row,), key, is_over).put("row_value", (row,), value, is_over)

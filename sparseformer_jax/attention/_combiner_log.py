@@ -8,15 +8,18 @@ Digits are taken a few at a time. Spans of `_DIGITS` of them lie in one block, a
 a few times more pairs than a query sees, and many times faster than reading each pair alone.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import precision
+from sparseformer_jax.attention import _combiner_cache
+from sparseformer_jax.attention._combiner_cache import Kept
 from sparseformer_jax.attention._combiner_parts import (
     Part,
     Setup,
@@ -24,10 +27,12 @@ from sparseformer_jax.attention._combiner_parts import (
     cut,
     pad,
     per_head,
+    pooled,
     read,
     single,
     softmax,
 )
+from sparseformer_jax.attention.inputs import Inputs
 
 _DIGITS = 4
 
@@ -200,3 +205,89 @@ def num_pairs(num_tokens: int, is_causal: bool) -> int:
         left = (whole + (rest > size)) * size
         past += right + (left if size > 1 else 0)
     return num_tokens + past * (1 if is_causal else 2)
+
+
+def shapes(num_tokens: int, span_size: int) -> dict[str, tuple[int, ...]]:
+    """Returns what decoding keeps: a span a digit, and the tokens of which spans are to come.
+
+    These are at most as many as the longest span has, at least half of the sequence: a span is
+    read when it ends, by a query that is not known before.
+    """
+    del span_size
+    digits = (num_tokens - 1).bit_length()
+    tokens = (2 ** max(0, digits - 1),)
+    of_digits = ("pooled_query", "pooled_key", "span_key", "span_value")
+    return {"key": tokens, "value": tokens, **dict.fromkeys(of_digits, (digits,))}
+
+
+def remember(
+    prompt: Inputs, lengths: Int[Array, " B"], setup: Setup
+) -> dict[str, Float[Array, "..."]]:
+    """Returns that of whole prompts."""
+    num_tokens, size = prompt.query.shape[1], setup.size
+    rows, last = jnp.arange(len(lengths))[:, None], (lengths - 1)[:, None]
+    places = jnp.maximum(last - (last - jnp.arange(size)) % size, 0)  # the last of each, mod size
+    spans = []
+    for digit in range((2 * size - 1).bit_length()):
+        start = lengths >> (digit + 1) << (digit + 1)
+        index = start[:, None] + jnp.arange(min(2**digit, num_tokens))
+        visible = (index < lengths[:, None])[:, None]
+        index = jnp.minimum(index, num_tokens - 1)
+        block = Tokens(*(x[rows, index][:, None] for x in (prompt.query, prompt.key, prompt.value)))
+        key = pooled(block.key if digit == 0 else setup.pool_key(block.key), visible)
+        query = pooled(setup.pool_query(block.query), visible)
+        has_any = jnp.any(visible, axis=2)
+        key, query = (_combiner_cache.chosen(has_any, x, 0) for x in (key, query))
+        spans.append((query, key, read(query, block, visible, setup).output))
+    query, key, value = (jnp.concatenate(each, axis=1) for each in zip(*spans, strict=True))
+    return {
+        "key": prompt.key[rows, places],
+        "value": prompt.value[rows, places],
+        "pooled_query": query,
+        "pooled_key": key,
+        "span_key": key,
+        "span_value": value,
+    }
+
+
+def step(token: Inputs, kept: Kept, setup: Setup) -> tuple[list[Part], Kept]:
+    """Returns attention of one token to itself and a span for each digit, and what it leaves."""
+    place = (kept.position % setup.size,)
+    kept = kept.put("key", place, token.key[:, 0]).put("value", place, token.value[:, 0])
+    num_heads = token.query.shape[2]
+    key, value = (per_head(x, num_heads) for x in (token.key, token.value))
+    own = single(token.query, key, value, None, setup)
+    if "span_key" not in kept:
+        return [own], kept
+    digits = jnp.arange(kept.cache["span_key"].shape[2])
+    kept = _end_spans(token, kept, digits, setup)
+    is_set = (kept.position[:, None] >> digits & 1) == 1
+    far = _combiner_cache.attend(token.query, kept["span_key"], kept["span_value"], is_set, setup)
+    return [own, far], kept
+
+
+def _end_spans(token: Inputs, kept: Kept, digits: Int[Array, " L"], setup: Setup) -> Kept:
+    """Adds the token to what is pooled of each digit, and makes the pairs of spans that are over.
+
+    Of a token that is no part of a digit's span it does the same; nothing reads that.
+    """
+    place = kept.position[:, None] & ((2 << digits) - 1)  # in the block of the span
+    # One token is its own key.
+    key = jnp.where(digits[:, None, None] == 0, token.key, setup.pool_key(token.key))
+    for name, x in (("pooled_query", setup.pool_query(token.query)), ("pooled_key", key)):
+        pooled = _combiner_cache.chosen(place == 0, x, jnp.maximum(x, kept[name]))
+        kept = kept.put(name, (), pooled)
+
+    def value(digit: int) -> jax.Array:
+        start = kept.position & -(2**digit)
+        places = (start[:, None] + jnp.arange(2**digit)) % setup.size
+        key, value = (kept.at(name, places)[:, None] for name in ("key", "value"))
+        query = kept["pooled_query"][:, digit : digit + 1]
+        return read(query, Tokens(None, key, value), None, setup).output
+
+    for digit in range(len(digits)):
+        is_over = place[:, digit] == 2**digit - 1
+        found = _combiner_cache.where_any(is_over, functools.partial(value, digit))
+        kept = kept.put("span_key", (digit,), kept["pooled_key"][:, digit], is_over)
+        kept = kept.put("span_value", (digit,), found[:, 0], is_over)
+    return kept

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sparseformer_jax.attention import _combiner_cache
 from sparseformer_jax.attention._combiner_axial import GridIds, attend_down
+from sparseformer_jax.attention._combiner_cache import Kept
 from sparseformer_jax.attention._combiner_parts import (
     NO_DOCUMENT,
     Part,
@@ -22,8 +24,10 @@ from sparseformer_jax.attention._combiner_parts import (
     Tokens,
     attend_within,
     cut,
+    pad,
     per_head,
 )
+from sparseformer_jax.attention.inputs import Inputs
 
 
 def parts(tokens: Tokens, setup: Setup) -> list[Part]:
@@ -49,7 +53,8 @@ def _earlier_cells(tokens: Tokens, setup: Setup, with_own: bool) -> list[Part]:
     for is_right in (False, True):
         spans = setup.gather(_sides(grid, setup, is_right))
         pair = (documents, spans.ids)
-        found.append(attend_down(grid.query, spans.key, spans.value, pair, before, setup))
+        key = per_head(spans.key, grid.query.shape[3])
+        found.append(attend_down(grid.query, key, spans.value, pair, before, setup))
     return found
 
 
@@ -96,7 +101,10 @@ def _along_row(grid: Tokens, columns: Spans, setup: Setup) -> list[Part]:
 
 
 def _sides(grid: Tokens, setup: Setup, is_right: bool) -> Spans:
-    """The pairs of cells left of each cell in its row, or right, of the row's last document."""
+    """The pairs of cells left of each cell in its row, or right, of the row's last document.
+
+    Keys have as many heads as those of tokens.
+    """
     if is_right:
         return jax.tree.map(_mirror, _left(jax.tree.map(_mirror, grid), grid, setup))
     return _left(grid, grid, setup)
@@ -117,7 +125,7 @@ def _left(grid: Tokens, unmirrored: Tokens, setup: Setup) -> Spans:
     if not setup.options.mask_empty:
         mean = jnp.mean(per_head(grid.value, num_heads), axis=2, keepdims=True)
         value, seen = jnp.where(seen[..., None, None], value, mean), jnp.ones_like(seen)
-    return Spans(per_head(key, num_heads), value, jnp.where(seen, last, NO_DOCUMENT))
+    return Spans(key, value, jnp.where(seen, last, NO_DOCUMENT))
 
 
 def _before(
@@ -210,3 +218,140 @@ def _earlier_pairs(rows: Int[np.ndarray, "R"], with_own: bool, options: Any) -> 
         sides = sides + 2 * (rows - (not keep_empty))
     read = np.minimum(rows * above, cells) + rows * (rows - 1)
     return int((column + columns + sides + read).sum())
+
+
+def shapes(num_tokens: int, span_size: int) -> dict[str, tuple[int, ...]]:
+    """Returns what decoding keeps: all keys and values, and the pairs of spans.
+
+    Columns are direct, and with every row their spans grow, which new pooled queries read anew.
+    """
+    num_rows = -(-num_tokens // span_size)
+    spans = num_rows > 1
+    sides = ("left_key", "left_value", "right_key", "right_value")
+    return {
+        "query": (span_size,),
+        "pooled_query": (spans * span_size,),
+        **dict.fromkeys(("grid_key", "grid_value"), (num_rows, span_size)),
+        **dict.fromkeys(sides, (num_rows - 1, span_size)),
+        **dict.fromkeys(("column_key", "column_value"), (2 * spans, span_size)),
+    }
+
+
+def remember(
+    prompt: Inputs, lengths: Int[Array, " B"], setup: Setup
+) -> dict[str, Float[Array, "..."]]:
+    """Returns that of whole prompts."""
+    size, num_rows = setup.size, lengths // setup.size
+    tokens = pad(Tokens(prompt.query, prompt.key, prompt.value), size)
+    grid: Tokens = cut(tokens, size)
+    is_above = (jnp.arange(grid.key.shape[1]) < num_rows[:, None])[..., None, None, None]
+
+    def pooled(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if setup.options.mixture_pool == "sum":
+            return jnp.sum(x, axis=1, where=is_above)
+        highest = jnp.max(x, axis=1, where=is_above, initial=-jnp.inf)
+        return _combiner_cache.chosen(num_rows > 0, highest, 0)
+
+    query, key = pooled(setup.pool_query(grid.query)), pooled(setup.pool_key(grid.key))
+    value = _read_columns(query, grid.key, grid.value, num_rows, setup)
+    return {
+        "query": _combiner_cache.open_tokens(prompt.query, lengths, size),
+        "grid_key": grid.key,
+        "grid_value": grid.value,
+        **_sides_kept(grid, setup),
+        "pooled_query": query,
+        "column_key": jnp.stack([key, key], axis=1),
+        "column_value": jnp.stack([value, value], axis=1),
+    }
+
+
+def step(token: Inputs, kept: Kept, setup: Setup) -> tuple[list[Part], Kept]:
+    """Returns attention of one token along its row and column and to spans, and what it leaves."""
+    size = setup.size
+    row, place = jnp.divmod(kept.position, size)
+    kept = kept.put("query", (place,), token.query[:, 0])
+    kept = kept.put("grid_key", (row, place), token.key[:, 0])
+    kept = kept.put("grid_value", (row, place), token.value[:, 0])
+    own = kept.at("grid_key", row), kept.at("grid_value", row)
+    attended = [(*own, jnp.arange(size) <= place[:, None])]
+    if "left_key" in kept:
+        kept = _end_row(kept, row, place == size - 1, setup)
+        attended += _spans_of(kept, row, place, size)
+    return [_combiner_cache.attend(token.query, *each, setup) for each in attended], kept
+
+
+def _spans_of(
+    kept: Kept, row: Int[Array, " B"], place: Int[Array, " B"], size: int
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Keys, values and which are seen: of the own column, of others, and of the sides of rows."""
+
+    def column(name: str) -> jax.Array:
+        return kept.at(name, slice(None), place)
+
+    def above(name: str) -> jax.Array:
+        return jnp.arange(kept.cache[name].shape[2]) < row[:, None]
+
+    columns = kept.at("column_key", row % 2), kept.at("column_value", row % 2)
+    is_other = (jnp.arange(size) != place[:, None]) & (row > 0)[:, None]
+    has_left, has_right = (is_some[:, None] for is_some in (place > 0, place < size - 1))
+    return [
+        (column("grid_key"), column("grid_value"), above("grid_key")),
+        (*columns, is_other),
+        (column("left_key"), column("left_value"), above("left_key") & has_left),
+        (column("right_key"), column("right_value"), above("right_key") & has_right),
+    ]
+
+
+def _end_row(kept: Kept, row: Int[Array, " B"], is_over: Bool[Array, " B"], setup: Setup) -> Kept:
+    """Makes the pairs of a row that is over, and those of the columns down to it."""
+    combine = jnp.add if setup.options.mixture_pool == "sum" else jnp.maximum
+
+    def pool(before: jax.Array, x: jax.Array) -> jax.Array:
+        return _combiner_cache.chosen(row == 0, x, combine(before, x))
+
+    def pairs() -> dict[str, jax.Array]:
+        tokens = Tokens(kept["query"], kept.at("grid_key", row), kept.at("grid_value", row))
+        sides = _sides_kept(jax.tree.map(lambda x: x[:, None], tokens), setup)
+        query = pool(kept["pooled_query"], setup.pool_query(tokens.query))
+        cells = kept["grid_key"], kept["grid_value"]
+        return {name: x[:, 0] for name, x in sides.items()} | {
+            "pooled_query": query,
+            "column_key": pool(kept.at("column_key", row % 2), setup.pool_key(tokens.key)),
+            "column_value": _read_columns(query, *cells, row + 1, setup),
+        }
+
+    found = _combiner_cache.where_any(is_over, pairs)
+    kept = kept.put("pooled_query", (), found["pooled_query"], is_over)
+    for name in ("column_key", "column_value"):
+        kept = kept.put(name, ((row + 1) % 2,), found[name], is_over)
+    for name in ("left_key", "left_value", "right_key", "right_value"):
+        kept = kept.put(name, (row,), found[name], is_over)
+    return kept
+
+
+def _sides_kept(grid: Tokens, setup: Setup) -> dict[str, Float[Array, "B R W _ H"]]:
+    """The pairs of cells left and right of each cell in its row."""
+    left, right = (_sides(grid, setup, is_right) for is_right in (False, True))
+    return {
+        "left_key": left.key,
+        "left_value": left.value,
+        "right_key": right.key,
+        "right_value": right.value,
+    }
+
+
+def _read_columns(
+    query: Float[Array, "B W N H"],
+    key: Float[Array, "B R W K H"],
+    value: Float[Array, "B R W K H"],
+    num_rows: Int[Array, " B"],
+    setup: Setup,
+) -> Float[Array, "B W N H"]:
+    """What a query a column reads in the first rows."""
+    batch, rows, width = key.shape[:3]
+    is_above = jnp.arange(rows) < num_rows[:, None]
+    ids = jnp.broadcast_to(is_above[..., None].astype(jnp.int32), (batch, rows, width))
+    pair = (jnp.ones((batch, 1, width), jnp.int32), ids)
+    query = query[:, None].astype(key.dtype)
+    return attend_down(query, key, value, pair, rows - 1, setup).output

@@ -54,7 +54,7 @@ class Spans(NamedTuple):
     """Pairs that stand for spans.
 
     Attributes:
-      key: [B, R, N, H].
+      key: [B, R, N, H], or of K heads.
       value: [B, R, N, H].
       ids: document of each span [B, R], None as in `Tokens`.
     """
@@ -74,6 +74,8 @@ class Setup:
       size: tokens in a span, a row, or a block.
       pool_query: what is pooled of queries [.., H].
       pool_key: of keys.
+      row_key: makes keys of the pairs of rows [B, T, N, H], of what tokens read there, their x
+        and their positions.
       shard: this device's part of the sequence.
       num_shards: parts of the sequence.
       is_reversed: the tokens come last one first.
@@ -84,6 +86,7 @@ class Setup:
     size: int
     pool_query: Callable[[jax.Array], jax.Array]
     pool_key: Callable[[jax.Array], jax.Array]
+    row_key: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     shard: Shard
     num_shards: int = 1
     is_reversed: bool = False
@@ -264,13 +267,15 @@ def read(
 def summarise(blocks: Tokens, setup: Setup) -> Spans:
     """Returns the pair that stands for each block [B, R, s, ..], of its last document.
 
+    Keys have as many heads as those of tokens.
+
         K = pool_j k_j,  Q = pool_j q_j,  u = sum_j softmax_j(scale Q k_j) v_j
 
     with pool the elementwise maximum. Source: Ren et al. 2021, section 3.
     """
     num_heads, ids = blocks.query.shape[3], blocks.ids
     visible = None if ids is None else in_last_document(ids)
-    key = per_head(pooled(setup.pool_key(blocks.key), visible), num_heads)
+    key = pooled(setup.pool_key(blocks.key), visible)
     if blocks.key.shape[2] == 1:
         value = per_head(blocks.value[:, :, 0], num_heads)
     else:

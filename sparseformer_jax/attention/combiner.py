@@ -28,12 +28,17 @@ not of the document. Under context parallelism devices exchange pairs (K_r, u_r)
 keys and values: n / s of them for "fixed", n for "axial_row", for "log_sparse" one a device and
 digit. The mixture's pooled queries read whole columns each, so it gathers queries, keys and
 values, and the pairs of rows.
+
+Decoding keeps of n tokens, besides those of the open span: n / s pairs with "fixed", n with
+"axial_row", with "log_sparse" one a digit and keys and values of n / 2 to n tokens, with
+"axial_mixture" keys and values of all, and 2 n pairs. A token costs its direct pairs and those
+with spans, and makes the pairs of a span that it ends.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +49,14 @@ from ml_collections import ConfigDict
 from sparseformer_jax import mesh
 from sparseformer_jax.attention import (
     _combiner_axial,
+    _combiner_cache,
     _combiner_fixed,
     _combiner_log,
     _combiner_mixture,
     _one_hot,
 )
 from sparseformer_jax.attention._block_sparse import check_implementation
+from sparseformer_jax.attention._cache import Cache
 from sparseformer_jax.attention._combiner_parts import Part, Setup, Tokens, merge, pad
 from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
@@ -145,11 +152,20 @@ def _check_shard(options: Options, num_tokens: int, num_shards: int) -> None:
         )
 
 
+_VARIANTS = {
+    "fixed": _combiner_fixed,
+    "axial_row": _combiner_axial,
+    "axial_mixture": _combiner_mixture,
+    "log_sparse": _combiner_log,
+}
+
+
 class Method(Attention):
     """Combiner."""
 
     needs = frozenset({"x"})
     gathers_keys = False
+    cache_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = _combiner_cache.AXES
 
     def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs) -> None:
         _check_direction(options, config.is_causal)
@@ -200,6 +216,29 @@ class Method(Attention):
         output = self._combined(inputs, shard, inputs.value)
         density = self.density(inputs.key.shape[1] * _num_shards(shard))
         return AttentionOutput(output, diagnostics={"density": jnp.asarray(density, jnp.float32)})
+
+    def init_cache(self, batch_size: int, size: int, num_layers: int = 1) -> Cache:
+        """Returns the empty cache of so many sequences of at most `size` tokens.
+
+        What it keeps of a span that is over are the pairs that stand for it; see the variants.
+        """
+        variant, span_size = _VARIANTS[self.options.variant], min(self.options.span_size, size)
+        shapes = variant.shapes(size, span_size)
+        return _combiner_cache.empty(shapes, self.config, num_layers, batch_size)
+
+    def _decode(
+        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, layer: Any, shard: Shard
+    ) -> tuple[Float[Array, "B T N H"], Cache]:
+        """Attends to what is kept of the local rows and heads, and keeps these tokens."""
+        setup = dataclasses.replace(
+            self._setup(inputs, shard), size=_combiner_cache.span_size(cache)
+        )
+
+        def whole(inputs: Inputs) -> jax.Array:
+            return self._combined(inputs, shard, inputs.value)
+
+        variant = _VARIANTS[self.options.variant]
+        return _combiner_cache.decode(variant, whole, inputs, start, cache, layer, setup)
 
     def weights_by_kind(
         self,
@@ -286,8 +325,7 @@ class Method(Attention):
             keyed = tokens
             if key_value is not inputs.value:
                 keyed = tokens._replace(value=pad(key_value, setup.size))
-            row_key = functools.partial(self._row_key, x=x, positions=positions, shard=shard)
-            parts = _combiner_axial.parts(tokens, keyed, setup, row_key)
+            parts = _combiner_axial.parts(tokens, keyed, x, positions, setup)
         return merging(parts, inputs.query.dtype)[:, :num_tokens]
 
     def _setup(self, inputs: Inputs, shard: Shard) -> Setup:
@@ -311,6 +349,7 @@ class Method(Attention):
             num_queries if options.variant == "log_sparse" else min(options.span_size, num_queries),
             pool_query=_deep(self.pool_query) if is_deep else _identity,
             pool_key=_deep(self.pool_key) if is_deep else _identity,
+            row_key=functools.partial(self._row_key, shard=shard),
             shard=shard,
             num_shards=num_shards,
         )
