@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sparseformer_jax import config as config_lib
 from sparseformer_jax import data, mesh
+from sparseformer_jax.checks import NonFiniteError
 from sparseformer_jax.model.loss import token_scores
 from sparseformer_jax.training.batches import DeviceBatch, place
 from sparseformer_jax.training.restore import restore_state
@@ -83,6 +84,9 @@ class Scorer:
           windows: in any order.
           width: of the row that holds so many inputs, at least that; of few values, for each
             of which a program is compiled. Rows are filled up for `mesh.context` to divide them.
+
+        Raises:
+          NonFiniteError: a loss is not a finite number.
         """
         context = self._mesh.shape["context"]
         widths = [-(-width(window.num_inputs) // context) * context for window in windows]
@@ -107,6 +111,11 @@ class Scorer:
                     del running[:-1]
             for done in running:
                 bar.update(_read(scores, *done))
+        if not np.isfinite(scores.nll).all():
+            raise NonFiniteError(
+                "the loss of a window is not a finite number: these parameters predict nothing; "
+                "take an earlier checkpoint with --step"
+            )
         return scores
 
     def _batch(self, windows: Sequence[Window], width: int) -> data.Batch:

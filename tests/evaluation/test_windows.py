@@ -4,18 +4,15 @@ import gzip
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from sparseformer_jax import config as config_lib
-from sparseformer_jax import mesh, presets
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.evaluation import texts, windows
 from sparseformer_jax.evaluation.windows import Windows
-from sparseformer_jax.training.checkpoint import Checkpoints, Meta
-from sparseformer_jax.training.state import ModelDef
+from tests.evaluation.checkpoints import write_checkpoint
 
 TEXT = "the quick brown fox, żółć! " * 5
 
@@ -24,19 +21,8 @@ TEXT = "the quick brown fox, żółć! " * 5
 def run(tmp_path_factory):
     """The workdir of a random model, its config, and the model."""
     workdir = tmp_path_factory.mktemp("run")
-    config = presets.baseline("tiny")
-    config.data.seq_len = 32
-    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
-        model_def = ModelDef(config)
-        params, variables = model_def.init(jax.random.key(0))
-        state = {"step": jnp.zeros((), jnp.int32), "params": model_def.to_layers(params)}
-        meta = Meta({}, "", config_lib.to_json(config))
-        with Checkpoints(workdir, keep_last=1) as checkpoints:
-            checkpoints.write(3, state | {"variables": variables}, meta)
-    (workdir / "config.json").write_text(config_lib.to_json(config))
     (workdir / "text.txt").write_text(TEXT)
-    model = model_def.model(jax.tree.map(jnp.asarray, jax.device_get(params)), variables, 0)
-    return workdir, config, model
+    return workdir, *write_checkpoint(workdir)
 
 
 def by_hand(model, pieces, start=(), seen=None):

@@ -1,0 +1,1 @@
+"""A checkpoint under lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness)."""
