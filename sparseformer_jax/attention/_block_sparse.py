@@ -1,7 +1,7 @@
 """Attention whose pattern is a closed-form rule over blocks of tokens."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -77,28 +77,27 @@ class BlockSparseAttention(Attention):
             mask = self._local_mask(num_queries, num_keys, num_heads, shard)
             return self._attend_blocks(query, key, value, mask, segment_ids)
         position = jnp.full(query.shape[0], shard.query_offset)
-        keys = jnp.broadcast_to(jnp.arange(num_keys), key.shape[:2])
+        keys = jnp.broadcast_to(jnp.arange(num_keys), (len(query), 1, num_keys))
         kept = self._visible(position, keys, num_heads, shard)
         if segment_ids is not None:
             of_query, of_keys = segment_ids
             kept = kept & (of_query == of_keys)[:, None]
-        return self._attend_one(query, lambda _: (key, value, kept), 1)
+        return self._attend_one(query, [(lambda _: (key, value, kept), 1)])
 
     def _visible(
         self, positions: jax.Array, keys: jax.Array, num_heads: int, shard: Shard
     ) -> jax.Array:
-        """Which keys [B, C] one query a sequence sees, by each pattern head of this device."""
+        """Which keys [B, 1 or K, C] one query a sequence sees, by each pattern head P here."""
         rule = self.rule()
         heads = jnp.arange(max(1, rule.pattern_heads * num_heads // shard.num_heads))
         heads += shard.head_offset * rule.pattern_heads // shard.num_heads
+        keys = keys[:, np.arange(len(heads)) * keys.shape[1] // len(heads)]
         return _one_query.visible(rule, heads, positions, keys, self.window_size)
 
-    def _attend_one(
-        self, query: jax.Array, chunk: Callable[[Any], _one_query.Chunk], num_chunks: Any
-    ) -> jax.Array:
-        """Attends to chunks of keys from one query a sequence."""
+    def _attend_one(self, query: jax.Array, parts: Sequence[_one_query.Part]) -> jax.Array:
+        """Attends to parts of the keys from one query a sequence."""
         scale, cap = self.config.scale, self.config.attention_soft_cap
-        return _one_query.attend(query, chunk, num_chunks, scale, cap)
+        return _one_query.attend(query, parts, scale, cap)
 
     def _attend_blocks(
         self,

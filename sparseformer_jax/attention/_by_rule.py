@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparseformer_jax.attention import _cache, _one_query
@@ -26,7 +27,7 @@ class RuleAttention(BlockSparseAttention):
         self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, layer: Any, shard: Shard
     ) -> tuple[Float[Array, "B T N H"], Cache]:
         """Attends from one token a sequence in one pass over what the longest has written."""
-        num_queries, num_heads = inputs.query.shape[1:3]
+        num_queries = inputs.query.shape[1]
         if num_queries > 1:
             if self.span is None:
                 return super()._decode(inputs, start, cache, layer, shard)
@@ -34,9 +35,22 @@ class RuleAttention(BlockSparseAttention):
             seen, offset, cache = _cache.push(cache, inputs, start, layer, unit)
             return self._attend_rows(seen, offset, num_queries, shard), cache
         cache = _cache.write(cache, inputs, start, layer)
+        kept = self._kept(cache, start, layer, inputs.query.shape[2], shard)
+        return self._attend_one(inputs.query, [kept]), cache
+
+    def _kept(
+        self, cache: Cache, start: Int[Array, " B"], layer: Any, num_heads: int, shard: Shard
+    ) -> _one_query.Part:
+        """The places of the last tokens, for queries at `start`, the last of all."""
+        size = cache["key"].shape[2]
 
         def chunk(index: Any) -> _one_query.Chunk:
-            key, value, positions = _cache.read_chunk(cache, start, layer, index)
+            key, value, places = _cache.read_chunk(cache, _cache.KEYS, layer, index)
+            positions = start[:, None] - (start[:, None] - places) % size  # the last written there
+            positions = jnp.where(places < 0, -1, positions)[:, None]
             return key, value, self._visible(start, positions, num_heads, shard)
 
-        return self._attend_one(inputs.query, chunk, _cache.num_chunks(cache, start)), cache
+        width = _cache.chunk_width(size)
+        if width == size:
+            return chunk, 1
+        return chunk, jnp.minimum(jnp.max(start), size - 1) // width + 1

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import targets
 from sparseformer_jax import mesh
@@ -21,7 +21,7 @@ from sparseformer_jax.model.config import ModelConfig
 
 Cache = dict[str, jax.Array]
 
-_KEYS = ("key", "value")
+KEYS = ("key", "value")
 _OF_QUERIES = frozenset({"x", "unrotated_query"})
 
 _CHUNK = 128  # places read at once: enough work for a product, little beyond what is written
@@ -33,7 +33,7 @@ def fields(needs: Iterable[str], *, gathers_keys: bool) -> tuple[str, ...]:
     Keys and values, and what else the method reads of keys. One that does not gather keys needs
     as many queries, so those are kept too, with what it reads of them.
     """
-    of_keys = (*_KEYS, *sorted(set(needs) - _OF_QUERIES))
+    of_keys = (*KEYS, *sorted(set(needs) - _OF_QUERIES))
     return of_keys if gathers_keys else (*of_keys, "query", *sorted(_OF_QUERIES & set(needs)))
 
 
@@ -94,24 +94,26 @@ def write(cache: Cache, inputs: Inputs, start: Int[Array, " B"], layer: Any) -> 
 
 def read(cache: Cache, inputs: Inputs, start: Int[Array, " B"], layer: Any) -> Inputs:
     """Returns inputs of T queries, or of as many as keys, over all keys of a layer's cache."""
-    cache = {name: x[layer] for name, x in cache.items()}
-    batch, size = cache["key"].shape[:2]
-    num_queries = inputs.query.shape[1]
-    index = jnp.broadcast_to(jnp.arange(size), (batch, size))
-    is_written = (index < start[:, None] + num_queries).astype(jnp.int32)
-    ones = jnp.ones((batch, size), jnp.float32)
-    if "query" in cache:
-        of_queries = index, is_written, ones
-    else:
-        of_queries = (
-            inputs.positions[0],
-            jnp.ones((batch, num_queries), jnp.int32),
-            inputs.weights[0],
-        )
-    positions, segment_ids, weights = zip(of_queries, (index, is_written, ones), strict=True)
-    return dataclasses.replace(
-        inputs, **cache, positions=positions, segment_ids=segment_ids, weights=weights
+    kept = {name: x[layer] for name, x in cache.items()}
+    batch, size = kept["key"].shape[:2]
+    positions = jnp.broadcast_to(jnp.arange(size), (batch, size))
+    return over(inputs, kept, positions, positions < start[:, None] + inputs.query.shape[1])
+
+
+def over(
+    inputs: Inputs, kept: Cache, positions: Int[Array, "B S"], is_token: Bool[Array, "B S"]
+) -> Inputs:
+    """Returns inputs over other keys, and as many queries if they are kept, of which some are."""
+    of_keys = (
+        positions,
+        is_token.astype(jnp.int32),
+        jnp.ones(positions.shape, jnp.float32),
     )
+    own = inputs.positions[0]
+    of_queries = of_keys if "query" in kept else (own, jnp.ones_like(own), inputs.weights[0])
+    names = ("positions", "segment_ids", "weights")
+    tokens = dict(zip(names, zip(of_queries, of_keys, strict=True), strict=True))
+    return dataclasses.replace(inputs, **kept, **tokens)
 
 
 def push(
@@ -133,47 +135,42 @@ def push(
     before = -(-size // unit) * unit
     offset = before + start % unit
     index = jnp.arange(before + unit - 1 + num_queries) - offset[:, None]
-    last = jnp.sum(inputs.weights[0] > 0, axis=1, keepdims=True) - 1
-    held = last - (first + last - jnp.arange(size)) % size
     seen, written = {}, {}
     for name, kept in cache.items():
         both = [kept[layer], getattr(inputs, name).astype(kept.dtype)]
         joined = jnp.concatenate(both, axis=1)
         seen[name] = joined[rows, lies(jnp.minimum(index, num_queries - 1))]
-        written[name] = kept.at[layer].set(joined[rows, lies(held)])
-    is_token = ((0 <= first + index) & (index < num_queries)).astype(jnp.int32)
-    of_keys = first + index, is_token, jnp.ones(index.shape, jnp.float32)
-    of_queries = inputs.positions[0], jnp.ones_like(inputs.positions[0]), inputs.weights[0]
-    positions, segment_ids, weights = zip(of_queries, of_keys, strict=True)
-    tokens = {"positions": positions, "segment_ids": segment_ids, "weights": weights}
-    return dataclasses.replace(inputs, **seen, **tokens), offset, written
+        written[name] = kept.at[layer].set(joined[rows, lies(last_written(inputs, start, size))])
+    is_token = (0 <= first + index) & (index < num_queries)
+    return over(inputs, seen, first + index, is_token), offset, written
 
 
-def num_chunks(cache: Cache, start: Int[Array, " B"]) -> int | Int[Array, ""]:
-    """Returns how many chunks of places hold what is written, where tokens `start` are the last."""
-    size = cache["key"].shape[2]
-    width = _chunk(size)
-    return 1 if width == size else jnp.minimum(jnp.max(start), size - 1) // width + 1
+def last_written(inputs: Inputs, start: Int[Array, " B"], size: int) -> Int[Array, "B S"]:
+    """Returns which token the places of a ring hold in the end, by number from the first new."""
+    last = jnp.sum(inputs.weights[0] > 0, axis=1, keepdims=True) - 1
+    return last - (start[:, None] + last - jnp.arange(size)) % size
+
+
+def chunk_width(size: int) -> int:
+    """Returns how many of the places are read at once.
+
+    Off the CPU a loop of unknown length waits for the host, so there it is all of them.
+    """
+    return min(_CHUNK, size) if targets.current().platform == "cpu" else size
 
 
 def read_chunk(
-    cache: Cache, start: Int[Array, " B"], layer: Any, index: Any
-) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Int[Array, "B C"]]:
-    """Returns keys, values and positions of a chunk of places; those of no token are below 0."""
-    size = cache["key"].shape[2]
-    width = _chunk(size)
+    cache: Cache, names: tuple[str, str], layer: Any, index: Any
+) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Int[Array, " C"]]:
+    """Returns keys, values and their places; -1 where it was of the chunk before."""
+    size = cache[names[0]].shape[2]
+    width = chunk_width(size)
     first = jnp.minimum(index * width, size - width)  # the last chunk reaches into the one before
     key, value = (
         jax.lax.dynamic_slice_in_dim(
             jax.lax.dynamic_index_in_dim(cache[name], layer, keepdims=False), first, width, axis=1
         )
-        for name in _KEYS
+        for name in names
     )
     places = first + jnp.arange(width)
-    positions = start[:, None] - (start[:, None] - places) % size  # the last written there
-    return key, value, jnp.where(index * width <= places, positions, -1)
-
-
-def _chunk(size: int) -> int:
-    """Places of a chunk. Off the CPU a loop of unknown length waits for the host: all at once."""
-    return min(_CHUNK, size) if targets.current().platform == "cpu" else size
+    return key, value, jnp.where(index * width <= places, places, -1)

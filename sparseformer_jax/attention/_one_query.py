@@ -1,6 +1,6 @@
 """Attention of one query a sequence, as in decoding: chunk by chunk of keys, without tiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,29 +12,27 @@ from sparseformer_jax.model.layers import soft_cap
 
 # Keys and values [B, C, K, H] of a chunk, and which of them each pattern head keeps [B, P, C].
 Chunk = tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Bool[Array, "B P C"]]
+# Chunks by number, and how many there are, which may be known only when this runs.
+Part = tuple[Callable[[Any], Chunk], int | Int[Array, ""]]
 
 
 def visible(
     rule: Rule,
     pattern_heads: Int[Array, " P"],
     queries: Int[Array, " B"],
-    keys: Int[Array, "B C"],
+    keys: Int[Array, "B P C"],
     window_size: int | None,
 ) -> Bool[Array, "B P C"]:
     """Returns which keys causal queries see by their positions; one below 0 is of no token."""
-    size = rule.block_size or 1
-    query, key = queries[:, None, None], keys[:, None, :]
-    kept = rule.visible(pattern_heads[:, None], query // size, key // size)
-    kept = kept & (0 <= key) & (key <= query)
-    if window_size is not None:
-        kept = kept & (query - key < window_size)
-    return jnp.broadcast_to(kept, (len(keys), len(pattern_heads), keys.shape[1]))
+    size, query = rule.block_size or 1, queries[:, None, None]
+    kept = (0 <= keys) & (keys <= query)
+    kept = kept & rule.visible(pattern_heads[:, None], query // size, keys // size)
+    return kept if window_size is None else kept & (query - keys < window_size)
 
 
 def attend(
     query: Float[Array, "B 1 N H"],
-    chunk: Callable[[Any], Chunk],
-    num_chunks: int | Int[Array, ""],
+    parts: Sequence[Part],
     scale: float,
     cap: float | None,
 ) -> Float[Array, "B 1 N H"]:
@@ -46,17 +44,15 @@ def attend(
 
     Args:
       query: one of each sequence.
-      chunk: the keys by the number of their chunk.
-      num_chunks: how many there are, which may be known only when this runs.
+      parts: the keys, each in one chunk of one part.
       scale: of the scores.
       cap: of the scores; None: none.
     """
     batch, _, num_heads, head_dim = query.shape
     exact = {"precision": "highest", "preferred_element_type": jnp.float32}
 
-    def add(index: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        highest, total, output = sums
-        key, value, kept = chunk(index)
+    def add(chunk: Chunk, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        (key, value, kept), (highest, total, output) = chunk, sums
         grouped = query.reshape(batch, key.shape[2], -1, head_dim)
         scores = soft_cap(scale * jnp.einsum("bkgh,bskh->bkgs", grouped, key, **exact), cap)
         scores = scores.reshape(batch, num_heads, -1)
@@ -71,12 +67,14 @@ def attend(
         output = shrink[..., None] * output + added.reshape(output.shape)
         return top, shrink * total + jnp.sum(weights, axis=-1), output
 
-    start = (
+    sums = (
         jnp.full((batch, num_heads), -jnp.inf, jnp.float32),
         jnp.zeros((batch, num_heads), jnp.float32),
         jnp.zeros((batch, num_heads, head_dim), jnp.float32),
     )
-    _, total, output = jax.lax.fori_loop(0, num_chunks, add, start)
+    for chunk, num_chunks in parts:
+        sums = jax.lax.fori_loop(0, num_chunks, lambda i, s, c=chunk: add(c(i), s), sums)
+    _, total, output = sums
     # At least 1 where something is seen; a row whose token does not count may see nothing.
     output = output / jnp.maximum(total, 1.0)[..., None]
     return output.reshape(query.shape).astype(query.dtype)

@@ -10,16 +10,20 @@ query head, and every second layer dense.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
+import jax
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from pallas_kernels.rules import Rule, Strided
-from sparseformer_jax.attention import dense
+from sparseformer_jax.attention import _cache, _stripes, dense
 from sparseformer_jax.attention._block_sparse import check_implementation
 from sparseformer_jax.attention._by_rule import RuleAttention
+from sparseformer_jax.attention._cache import Cache
 from sparseformer_jax.attention.base import Attention
+from sparseformer_jax.attention.inputs import Inputs, Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,10 @@ def check(options: Options, config: ConfigDict) -> None:
 class Method(RuleAttention):
     """S2-Attention."""
 
+    cache_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = dict.fromkeys(
+        _stripes.KEYS, ("batch", None, "kv_heads", None)
+    )
+
     @classmethod
     def layer_kinds(
         cls, options: Options, num_layers: int
@@ -127,3 +135,47 @@ class Method(RuleAttention):
             phase_by=options.phase_by,
             stripes=options.stripes,
         )
+
+    def init_cache(self, batch_size: int, size: int, num_layers: int = 1) -> Cache:
+        """Returns the empty cache: a ring of the band, and each key/value head's stripes.
+
+        Of all tokens, where that is no more.
+        """
+        stripes, ring = self._stripes(), self.options.local_blocks * self.options.block_size
+        if stripes is None or ring + stripes.num_places(size) >= size:
+            return super().init_cache(batch_size, size, num_layers)
+        cache = super().init_cache(batch_size, ring, num_layers)
+        kept = super().init_cache(batch_size, stripes.num_places(size), num_layers)
+        return cache | dict(zip(_stripes.KEYS, kept.values(), strict=True))
+
+    def _decode(
+        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, layer: Any, shard: Shard
+    ) -> tuple[Float[Array, "B T N H"], Cache]:
+        """Attends to the band and to the stripes before it."""
+        stripes = self._stripes()
+        if stripes is None or _stripes.KEYS[0] not in cache:
+            return super()._decode(inputs, start, cache, layer, shard)
+        num_queries, num_heads, num_kv_heads = inputs.query.shape[1:3] + inputs.key.shape[2:3]
+        first = shard.head_offset * self.config.num_kv_heads // self.config.num_heads
+        stripes = stripes.take_heads(first, num_kv_heads)
+        if num_queries > 1:
+            seen, cache = _stripes.push(cache, inputs, start, layer, stripes)
+            return self._attend_rows(seen, start, num_queries, shard), cache
+        ring = {name: cache[name] for name in _cache.KEYS}
+        written = _cache.write(ring, inputs, start, layer)
+        cache = written | _stripes.write_one(cache, inputs, start, layer, stripes)
+
+        def visible(positions: jax.Array) -> jax.Array:
+            return self._visible(start, positions, num_heads, shard)
+
+        parts = [
+            self._kept(cache, start, layer, num_heads, shard),
+            _stripes.part(cache, start, layer, stripes, visible),
+        ]
+        return self._attend_one(inputs.query, parts), cache
+
+    def _stripes(self) -> _stripes.Stripes | None:
+        """What is kept for good; None: all."""
+        options = self.options
+        stride, left = options.vert_stride, options.local_blocks
+        return _stripes.of_rule(self.rule(), stride, left, self.config.num_kv_heads)

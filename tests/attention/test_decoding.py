@@ -38,7 +38,7 @@ def attentions(name):
     ]
 
 
-@pytest.mark.representative("*combiner", "*masformer")
+@pytest.mark.representative("*masformer")
 @pytest.mark.parametrize("name", registry.names("attention"))
 def test_decoding_equals_the_whole_sequence(name):
     """In chunks of different sizes, rows at different places; what fills them up is no matter."""
@@ -65,26 +65,36 @@ def test_decoding_equals_the_whole_sequence(name):
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-FORGETFUL = {
-    "window": ("masformer", {"span": "window", "span_size": 6}),
-    "block": ("masformer", {"span": "block", "span_size": 8}),
-    "block_and_previous": ("masformer", {"span": "block_and_previous", "span_size": 4}),
-    "longer_than_the_cache": ("masformer", {"span": "block", "span_size": 64}),
+STRIPES = {"block_size": 2, "local_blocks": 3, "vert_stride": 5, "head_sliding_step": 1}
+FORGETFUL = {  # with how many places it has for 45 tokens
+    "window": ("masformer", {"span": "window", "span_size": 6}, 6),
+    "block": ("masformer", {"span": "block", "span_size": 8}, 8),
+    "block_and_previous": ("masformer", {"span": "block_and_previous", "span_size": 4}, 8),
+    "longer_than_the_cache": ("masformer", {"span": "block", "span_size": 64}, SIZE),
+    "stripes": ("s2", STRIPES, 6 + 20),
+    "stripes_of_groups": ("s2", STRIPES | {"phase_by": "kv_head", "head_sliding_step": 2}, 6 + 10),
+    "stripes_of_all": ("s2", STRIPES | {"homo_head": True, "head_sliding_offset": 1}, 6 + 10),
+    "dense_heads": ("s2", STRIPES | {"num_dense_heads": 1}, SIZE),
 }
 
 
-@pytest.mark.representative("window")
+def forgetful(case):
+    name, options, _ = FORGETFUL[case]
+    method = importlib.import_module(f"sparseformer_jax.attention.{name}")
+    return method.Method(SMALL, method.Options(**options), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.representative("window", "stripes")
 @pytest.mark.parametrize("case", FORGETFUL)
 def test_what_is_forgotten_is_never_read_again(case):
     """Prompts longer than the cache, then several tokens at once, then one by one."""
-    name, options = FORGETFUL[case]
-    method = importlib.import_module(f"sparseformer_jax.attention.{name}")
-    attention = method.Method(SMALL, method.Options(**options), rngs=nnx.Rngs(0))
+    attention = forgetful(case)
     x = jnp.asarray(normal(0, BATCH, SIZE, SMALL.embed_dim))
     positions = jnp.broadcast_to(jnp.arange(SIZE), (BATCH, SIZE))
     whole = np.asarray(jax.jit(attention)(x, positions, None).output)
     decode = jax.jit(attention.decode)
     cache, rows = attention.init_cache(BATCH, SIZE), np.arange(BATCH)[:, None]
+    assert sum(kept.shape[2] for kept in cache.values()) == 2 * FORGETFUL[case][2]
     start = np.zeros(BATCH, np.int32)
     reads = [(12, [10, 12, 1]), (12, [12, 7, 2]), *[(1, [1, 1, 1])] * 14]
     for width, lengths in reads:
@@ -98,24 +108,24 @@ def test_what_is_forgotten_is_never_read_again(case):
         start = start + np.asarray(lengths, np.int32)
 
 
-@pytest.mark.representative("*masformer")
-@pytest.mark.parametrize("name", registry.names("attention"))
+@pytest.mark.representative("stripes")
+@pytest.mark.parametrize("name", [*registry.names("attention"), "window", "stripes"])
 def test_devices_share_rows_and_heads(name):
-    attention = attentions(name)[-1]
+    attention = forgetful(name) if name in FORGETFUL else attentions(name)[-1]
     x = jnp.asarray(normal(1, 4, 9, attention.config.embed_dim))
     start = np.asarray([0, 3, 5, 2], np.int32)
-    decode = jax.jit(lambda x, start, cache: attention.decode(x, start, cache))
-    alone, kept = decode(x, start, attention.init_cache(4, 16))
     graphdef, state = nnx.split(attention)
 
     def run(state, x, start):
+        """Several tokens, then one."""
         module = nnx.merge(graphdef, state)
-        return module.decode(x, start, module.init_cache(4, 16))
+        several, cache = module.decode(x[:, :8], start, module.init_cache(4, 16))
+        one, cache = module.decode(x[:, 8:], start + 8, cache)
+        return several, one, cache
 
+    alone = jax.jit(run)(state, x, start)
     with jax.set_mesh(mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
         placed = jax.device_put(x, mesh.spec("batch", "seq", None))
-        together, kept_together = jax.jit(run)(state, placed, start)
-        scale = np.abs(alone).max()
-        np.testing.assert_allclose(jax.device_get(together), alone, atol=1e-5 * scale)
-        for name_of, array in kept.items():
-            np.testing.assert_allclose(jax.device_get(kept_together[name_of]), array, atol=1e-5)
+        together = jax.device_get(jax.jit(run)(state, placed, start))
+    for found, expected in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
