@@ -129,9 +129,9 @@ def remember(
     tokens = pad(Tokens(prompt.query, prompt.key, prompt.value), size)
     value = attend_within(tokens, setup, is_causal=False).output
     key = setup.row_key(value, *pad((prompt.x, prompt.positions[0]), size))
-    row_key, row_value = cut((key, value), size)
+    rows = (_combiner_cache.first(x, lengths // size) for x in cut((key, value), size))
     opened = {name: _combiner_cache.open_tokens(x, lengths, size) for name, x in arrays.items()}
-    return {**opened, "row_key": row_key, "row_value": row_value}
+    return {**opened, **dict(zip(("row_key", "row_value"), rows, strict=True))}
 
 
 def step(token: Inputs, kept: Kept, setup: Setup) -> tuple[list[Part], Kept]:

@@ -228,12 +228,18 @@ def chosen(where: Bool[Array, "*B"], x: Any, y: Any) -> Any:
     return jnp.where(where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim)), x, y)
 
 
+def first(x: Shaped[Array, "B R ..."], count: Int[Array, " B"]) -> Shaped[Array, "B R ..."]:
+    """Returns so many of what each sequence has, and zeros in place of the others."""
+    return chosen(jnp.arange(x.shape[1]) < count[:, None], x, 0)
+
+
 def open_tokens(
     x: Shaped[Array, "B T ..."], lengths: Int[Array, " B"], size: int
 ) -> Shaped[Array, "B s ..."]:
-    """Returns the tokens of each sequence's open span; what follows the last may be anything."""
+    """Returns the tokens of each sequence's open span, then zeros."""
     places = (lengths // size * size)[:, None] + jnp.arange(size)
-    return x[jnp.arange(len(x))[:, None], jnp.minimum(places, x.shape[1] - 1)]
+    found = x[jnp.arange(len(x))[:, None], jnp.minimum(places, x.shape[1] - 1)]
+    return first(found, lengths % size)
 
 
 def is_open(lengths: Int[Array, " B"], size: int) -> Bool[Array, "B s"]:

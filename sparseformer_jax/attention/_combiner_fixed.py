@@ -104,8 +104,8 @@ def remember(
         "key": key,
         "value": value,
         "pooled_query": pooled(setup.pool_query(query)[:, None], is_open[:, None]),
-        "span_key": spans.key,
-        "span_value": spans.value,
+        "span_key": _combiner_cache.first(spans.key, lengths // size),
+        "span_value": _combiner_cache.first(spans.value, lengths // size),
     }
 
 

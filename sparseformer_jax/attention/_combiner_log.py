@@ -226,7 +226,7 @@ def remember(
     """Returns that of whole prompts."""
     num_tokens, size = prompt.query.shape[1], setup.size
     rows, last = jnp.arange(len(lengths))[:, None], (lengths - 1)[:, None]
-    places = jnp.maximum(last - (last - jnp.arange(size)) % size, 0)  # the last of each, mod size
+    places = last - (last - jnp.arange(size)) % size  # the last of each, modulo size
     spans = []
     for digit in range((2 * size - 1).bit_length()):
         start = lengths >> (digit + 1) << (digit + 1)
@@ -240,9 +240,13 @@ def remember(
         key, query = (_combiner_cache.chosen(has_any, x, 0) for x in (key, query))
         spans.append((query, key, read(query, block, visible, setup).output))
     query, key, value = (jnp.concatenate(each, axis=1) for each in zip(*spans, strict=True))
+    own_key, own_value = (
+        _combiner_cache.chosen(places >= 0, x[rows, jnp.maximum(places, 0)], 0)
+        for x in (prompt.key, prompt.value)
+    )
     return {
-        "key": prompt.key[rows, places],
-        "value": prompt.value[rows, places],
+        "key": own_key,
+        "value": own_value,
         "pooled_query": query,
         "pooled_key": key,
         "span_key": key,

@@ -242,8 +242,10 @@ def remember(
 ) -> dict[str, Float[Array, "..."]]:
     """Returns that of whole prompts."""
     size, num_rows = setup.size, lengths // setup.size
-    tokens = pad(Tokens(prompt.query, prompt.key, prompt.value), size)
-    grid: Tokens = cut(tokens, size)
+    tokens = Tokens(prompt.query, prompt.key, prompt.value)
+    grid: Tokens = cut(pad(tokens, size), size)
+    own = [_combiner_cache.first(x, lengths) for x in (prompt.key, prompt.value)]
+    grid_key, grid_value = cut(pad(own, size), size)
     is_above = (jnp.arange(grid.key.shape[1]) < num_rows[:, None])[..., None, None, None]
 
     def pooled(x: jax.Array) -> jax.Array:
@@ -255,11 +257,12 @@ def remember(
 
     query, key = pooled(setup.pool_query(grid.query)), pooled(setup.pool_key(grid.key))
     value = _read_columns(query, grid.key, grid.value, num_rows, setup)
+    sides = _sides_kept(grid, setup)
     return {
         "query": _combiner_cache.open_tokens(prompt.query, lengths, size),
-        "grid_key": grid.key,
-        "grid_value": grid.value,
-        **_sides_kept(grid, setup),
+        "grid_key": grid_key,
+        "grid_value": grid_value,
+        **{name: _combiner_cache.first(x, num_rows) for name, x in sides.items()},
         "pooled_query": query,
         "column_key": jnp.stack([key, key], axis=1),
         "column_value": jnp.stack([value, value], axis=1),

@@ -53,12 +53,12 @@ def test_decoding_equals_the_whole_sequence(options, model):
 def test_devices_share_rows_and_heads(options, model):
     """One row alone ends its span, so devices take different ways."""
     attention = make_attention("combiner", options, **model)
-    x, token = (normal(width, 4, width, attention.config.embed_dim) for width in (5, 1))
+    x, token = (normal(width, 8, width, attention.config.embed_dim) for width in (5, 1))
 
     @jax.jit
     def run(module, x, token):
-        lengths = jnp.asarray([3, 4, 1, 2])
-        _, cache = module.decode(x, 0 * lengths, module.init_cache(4, SIZE), lengths)
+        lengths = jnp.asarray([3, 4, 1, 2, 1, 0, 5, 4])
+        _, cache = module.decode(x, 0 * lengths, module.init_cache(8, SIZE), lengths)
         return module.decode(token, lengths, cache)
 
     alone = jax.device_get(run(attention, x, token))
