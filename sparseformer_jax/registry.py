@@ -31,6 +31,7 @@ _SHARED_MODULES = {
         "nm",
         "one_shot",
         "packing",
+        "report",
         "targets",
         "workdirs",
     ),

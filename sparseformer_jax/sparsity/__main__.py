@@ -42,6 +42,17 @@ and --config.init_from=/tmp/sparse --config.sparsity.name=fixed has a run train 
 --config.data.* say what text is read; the new run keeps the config of the old one.
 """
 
+_REPORT_USAGE = """\
+Tells what the masks of a run are: kept fraction and n:m of each projection, and the entries at
+which they differ from masks of the largest weights and of another run.
+
+  python -m sparseformer_jax.sparsity report --workdir=/tmp/sparse
+  python -m sparseformer_jax.sparsity report --workdir=/tmp/sparse --prior=/tmp/other \\
+      --output=/tmp/report
+
+Writes sparsity.json and sparsity.png into --output.
+"""
+
 _BAKE_USAGE = """\
 Writes a run with sparse weights as a dense one, with zeros where its masks drop them.
 
@@ -113,6 +124,32 @@ def _run_prune(own: flags.FlagValues, argv: list[str]) -> None:
     )
 
 
+def _report(argv: Sequence[str]) -> None:
+    own = command.new_flags()
+    command.text(own, "workdir", "folder of a run with sparse weights")
+    command.text(own, "prior", "WORKDIR or WORKDIR:STEP of a run to compare masks with")
+    command.text(own, "output", "folder of the results; default: the workdir")
+    command.number(own, "step", "checkpoint to tell of; default: the latest")
+    command.run(_run_report, own, _REPORT_USAGE, argv)
+
+
+def _run_report(own: flags.FlagValues, argv: list[str]) -> None:
+    command.require(own, argv, "workdir")
+    config, workdir = command.saved(own.workdir), Path(own.workdir)
+    command.override(ConfigDict(), own, argv)
+    command.start_jax(own)
+    command.validate(config)
+    from sparseformer_jax.evaluation import pictures
+    from sparseformer_jax.sparsity import report
+
+    output = Path(own.output) if own.output else workdir
+    pictures.prepare(output, "--output")
+    found = report.measure(config, workdir, step=own.step, prior=own.prior or "")
+    print(report.table(found))
+    title = f"{config.sparsity.name}, step {found['step']} of {workdir.absolute().name}"
+    print(report.write(output, found, title), file=sys.stderr)
+
+
 def _bake(argv: Sequence[str]) -> None:
     own = command.new_flags()
     command.text(own, "workdir", "folder of a run with sparse weights")
@@ -133,7 +170,11 @@ def _run_bake(own: flags.FlagValues, argv: list[str]) -> None:
     print(workdirs.bake(config, Path(own.workdir), Path(own.out), own.step))
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prune": _prune, "bake": _bake}
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "prune": _prune,
+    "report": _report,
+    "bake": _bake,
+}
 
 if __name__ == "__main__":
     main()

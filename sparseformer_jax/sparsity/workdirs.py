@@ -90,7 +90,7 @@ def read(config: ConfigDict, workdir: Path, step: int | None) -> Checkpoint:
     Raises:
       ConfigError: there is none, or it does not fit the config.
     """
-    with _one_device():
+    with one_device():
         model_def = ModelDef(config)
         step, state = restore_layers(model_def, workdir, step)
     return Checkpoint(model_def, step, state["params"], state["variables"])
@@ -138,7 +138,7 @@ def prune(
         own = f"={recipe.pattern}" if isinstance(recipe.pattern, Pattern) else ""
         chosen = tuple(f"{name}{own}" for name in targets)
         sparse.sparsity = registry.method_config("sparsity", "fixed", targets=chosen)
-        with _one_device():
+        with one_device():
             names = list(_by_layer(ModelDef(sparse)))
         dense = read(config, workdir, step)
         samples = None
@@ -184,7 +184,7 @@ def bake(config: ConfigDict, workdir: Path, out: Path, step: int | None = None) 
         sparse = read(config, workdir, step)
         config = _copy(config)
         config.sparsity = registry.method_config("sparsity", "none")
-        with _one_device():
+        with one_device():
             dense = ModelDef(config)
         params, variables = (
             {layer: held[layer] for name in wanted for layer in dense.names.of(name)}
@@ -251,6 +251,6 @@ def _copy(config: ConfigDict) -> ConfigDict:
     return config_lib.from_json(config_lib.to_json(config))
 
 
-def _one_device() -> Any:
+def one_device() -> Any:
     """One device: what is on disk fits any mesh."""
     return jax.set_mesh(mesh.make_mesh({}, jax.local_devices()[:1]))

@@ -9,7 +9,7 @@ import pytest
 
 from sparseformer_jax import command, mesh, registry
 from sparseformer_jax.pretrained.__main__ import main as pretrained
-from sparseformer_jax.sparsity import workdirs
+from sparseformer_jax.sparsity import report, workdirs
 from sparseformer_jax.sparsity.__main__ import main
 from sparseformer_jax.training.restore import restore_state
 from sparseformer_jax.training.state import ModelDef
@@ -132,6 +132,43 @@ def test_a_fraction_refined(dense, text, tmp_path):
         assert mask.sum() == weight.size - weight.size // 4 - 1
 
 
+def test_report(dense, magnitude, tmp_path, capsys):
+    other, options = tmp_path / "other", ["--method=magnitude", "--pattern=0.5"]
+    run("prune", f"--workdir={dense}", f"--out={other}", *options)
+    capsys.readouterr()
+    run("report", f"--workdir={magnitude}", f"--prior={other}", f"--output={tmp_path}")
+    head, names, *lines = capsys.readouterr().out.splitlines()
+    assert head == f"entries whose mask differs from that of {other}, in %"
+    assert names.split()[-7:] == ["query", "key", "value", "out", "gate", "up", "down"]
+    assert [line.split()[:3] for line in lines] == [[n, "50.00", "2:4"] for n in ("0", "1", "all")]
+    found = json.loads((tmp_path / "sparsity.json").read_text())
+    assert found["holds"]
+    assert (found["density"], found["from_magnitude"]) == (0.5, 0.0)
+    assert len(found["weights"]) == NUM_WEIGHTS
+    masks, others = (
+        {n: np.asarray(m) for n, _, m in checkpoint(w).masks()} for w in (magnitude, other)
+    )
+    for own in found["weights"]:
+        assert own["from_prior"] == np.mean(masks[own["name"]] != others[own["name"]])
+    assert (tmp_path / "sparsity.png").read_bytes()[1:4] == b"PNG"
+    # Of a fraction the largest weights of a matrix are compared.
+    found = report.measure(command.saved(str(other)), other)
+    assert (found["holds"], found["from_magnitude"]) == (None, 0.0)
+    assert found["density"] < 0.5
+    assert " -  " in report.table(found)
+
+
+def test_a_broken_group_shows(magnitude, monkeypatch):
+    held = checkpoint(magnitude)
+    name = next(iter(held.targets)).replace("kernel", "mask")
+    held.variables[name] = held.variables[name].at[:].set(True)
+    monkeypatch.setattr(workdirs, "read", lambda *_: held)
+    found = report.measure(command.saved(str(magnitude)), magnitude)
+    assert [own["holds"] for own in found["weights"]].count(False) == 1
+    assert "BROKEN" in report.table(found)
+    assert not found["holds"]
+
+
 def test_refusals(dense, magnitude, text, capsys, tmp_path):
     there = [f"--workdir={dense}", f"--out={tmp_path / 'out'}"]
     good = ["--method=magnitude", "--pattern=2:4"]
@@ -157,14 +194,17 @@ def test_refusals(dense, magnitude, text, capsys, tmp_path):
     again = mistake(capsys, "prune", *good, sparse, there[1])
     assert "its weights are sparse already, sparsity.name='fixed'" in again
     assert "is a dense checkpoint, it has no masks" in mistake(capsys, "bake", *there)
+    assert "is a dense checkpoint, it has no masks" in mistake(capsys, "report", there[0])
+    prior = f"--prior={dense}"
+    assert f"{prior}: " in mistake(capsys, "report", sparse, prior, f"--output={tmp_path}")
     assert "command='prun': not one of prune" in mistake(capsys, "prun")
 
 
-@pytest.mark.parametrize("name", ["prune", "bake", ""])
+@pytest.mark.parametrize("name", ["prune", "report", "bake", ""])
 def test_help(name, capsys):
     run(*([name, "--help"] if name else []))
     assert "python -m sparseformer_jax.sparsity" in capsys.readouterr().out
 
 
 def test_tools_are_no_methods():
-    assert {"calibration", "one_shot", "workdirs"}.isdisjoint(registry.names("sparsity"))
+    assert {"calibration", "one_shot", "report", "workdirs"}.isdisjoint(registry.names("sparsity"))
