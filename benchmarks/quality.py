@@ -92,18 +92,17 @@ def main() -> None:
         file = workdir / "row.json"
         if not file.is_file():
             print(f"--- {name}", flush=True)
-            row = {"name": name} | train(name, args.books, workdir, args.seed)
+            row = {"name": name} | train(f"{__file__}:{name}", args.books, workdir, args.seed)
             file.write_text(json.dumps(row))
         rows.append(json.loads(file.read_text()))
     print_table(rows)
 
 
-def train(name: str, books: str, workdir: Path, seed: int) -> dict[str, Any]:
-    """Trains a model in a process of its own; returns its last evaluation and its cost.
+def train(config: str, books: str, workdir: Path, seed: int) -> dict[str, Any]:
+    """Trains a config in a process of its own; returns its last evaluation and its cost.
 
     Where that fails, it has said why, and this process ends with its exit code.
     """
-    config = f"{Path(__file__)}:{name}"
     command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}"]
     command += [f"--config.data.files={books}", f"--config.seed={seed}"]
     before = _child_seconds()

@@ -1,6 +1,6 @@
 """Learning-rate schedules and optimisers, from optax."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import optax
@@ -53,27 +53,43 @@ def make_optimizer(
     of its own, whose weight decay and share of the learning rate the method says. Clipping is
     the trainer's.
     """
-    own = {n: v.get_metadata() for n, v in variables.items() if _MULTIPLIER in v.get_metadata()}
-    weights = {name: v for name, v in variables.items() if name not in own}
-    if not own:
-        return _of_weights(optimizer, num_steps, weights)
-    optimizers, labels = {}, dict.fromkeys(weights, "weights")
-    if weights:
-        optimizers["weights"] = _of_weights(optimizer, num_steps, weights)
-    for name, group in own.items():
-        multiplier, weight_decay = group[_MULTIPLIER], group["weight_decay"]
-        labels[name] = f"rate x {multiplier}, decay {weight_decay}"
-        optimizers[labels[name]] = _adamw(
-            optimizer, num_steps, weight_decay=weight_decay, multiplier=multiplier
+    optimizers: dict[str, optax.GradientTransformation] = {}
+    labels = {name: _label(optimizer.name, v) for name, v in variables.items()}
+    for name, variable in variables.items():
+        metadata = variable.get_metadata()
+        if _MULTIPLIER in metadata:
+            rate, decay = metadata[_MULTIPLIER], metadata["weight_decay"]
+            optimizers[labels[name]] = _adamw(optimizer, num_steps, decay, multiplier=rate)
+    is_matrix = {name: "in_dims" in v.get_metadata() for name, v in variables.items()}
+    if "adamw" in labels.values():
+        optimizers["adamw"] = _adamw(
+            optimizer,
+            num_steps,
+            optimizer.weight_decay,
+            mask=lambda params: {name: is_matrix[name] for name in params},
         )
+    if "muon" in labels.values():
+        matrices = {name: v for name, v in variables.items() if labels[name] == "muon"}
+        optimizers["muon"] = _muon(optimizer, num_steps, matrices, variables)
+    if len(optimizers) == 1 and optimizer.name == "adamw":
+        return next(iter(optimizers.values()))
     return optax.partition(optimizers, labels)
+
+
+def _label(name: str, variable: nnx.Variable) -> str:
+    """Which optimiser a variable has: that of the config, or one of its own."""
+    metadata = variable.get_metadata()
+    if _MULTIPLIER in metadata:
+        return f"rate x {metadata[_MULTIPLIER]}, decay {metadata['weight_decay']}"
+    # optax's Muon would give what is no matrix Nesterov momentum, so AdamW is our own.
+    return name if "in_dims" in metadata else "adamw"
 
 
 def _adamw(
     optimizer: ConfigDict,
     num_steps: int,
-    *,
     weight_decay: float,
+    *,
     multiplier: float = 1.0,
     mask: Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformation:
@@ -88,33 +104,21 @@ def _adamw(
     )
 
 
-def _of_weights(
-    optimizer: ConfigDict, num_steps: int, variables: Mapping[str, nnx.Variable]
+def _muon(
+    optimizer: ConfigDict,
+    num_steps: int,
+    matrices: Mapping[str, nnx.Variable],
+    names: Iterable[str],
 ) -> optax.GradientTransformation:
-    is_matrix = {name: "in_dims" in v.get_metadata() for name, v in variables.items()}
-    adamw = _adamw(
-        optimizer,
-        num_steps,
-        weight_decay=optimizer.weight_decay,
-        mask=lambda params: {name: is_matrix.get(name, False) for name in params},
-    )
-    if optimizer.name == "adamw":
-        return adamw
-    schedule = make_schedule(optimizer, num_steps)
-    # optax's Muon would give the other parameters Nesterov momentum, so AdamW is our own.
-    axes = {name: _matrix_axes(variables[name]) for name, matrix in is_matrix.items() if matrix}
-    muon = optax.contrib.muon(
-        schedule,
+    axes = {name: _matrix_axes(variable) for name, variable in matrices.items()}
+    return optax.contrib.muon(
+        make_schedule(optimizer, num_steps),
         beta=optimizer.momentum,
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers={
-            name: axes.get(name, optax.MaskedNode()) for name in variables
-        },
+        muon_weight_dimension_numbers={name: axes.get(name, optax.MaskedNode()) for name in names},
     )
-    labels = {name: "muon" if matrix else "adamw" for name, matrix in is_matrix.items()}
-    return optax.partition({"muon": muon, "adamw": adamw}, labels)
 
 
 def _matrix_axes(variable: nnx.Variable) -> optax.contrib.MuonDimensionNumbers:

@@ -71,7 +71,7 @@ def update(
     variables: "Params",
     opt_state: optax.OptState,
     step: jax.Array,
-    learning_rate: jax.Array,
+    learning_rate: Any,
 ) -> tuple["Params", "Params", optax.OptState, dict[str, jax.Array]]:
     """Returns parameters, variables and the optimiser's state after a step, and metrics.
 
