@@ -44,8 +44,8 @@ Writes a checkpoint as a folder that transformers opens, with the same logits.
   python -m sparseformer_jax.pretrained export --workdir=/tmp/run --out=/tmp/folder \\
       --step=500 --dtype=bfloat16
 
-Weights that sparsity made zero stay zero, in their places. Attention that transformers does not
-have is refused.
+Weights that sparsity drops are zero, in their places, and masks.safetensors holds the masks, at
+most a bit a weight. Attention that transformers does not have is refused.
 """
 
 

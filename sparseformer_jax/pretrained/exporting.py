@@ -17,11 +17,14 @@ from sparseformer_jax.data.progress import byte_bar
 from sparseformer_jax.data.tokenizer import ByteTokenizer, make_tokenizer
 from sparseformer_jax.pretrained import architectures
 from sparseformer_jax.pretrained.folders import made_whole
+from sparseformer_jax.pretrained.mask_files import write_masks
 from sparseformer_jax.pretrained.packages import optional
 from sparseformer_jax.pretrained.safetensors import INDEX_FILE, SINGLE_FILE
 from sparseformer_jax.pretrained.tables import Architecture, Entry
+from sparseformer_jax.sparsity.nm import Pattern
+from sparseformer_jax.sparsity.targets import KERNEL
 from sparseformer_jax.training.restore import restore_state
-from sparseformer_jax.training.state import ModelDef
+from sparseformer_jax.training.state import ModelDef, TrainState
 
 DTYPES: dict[str, Any] = {
     "float32": np.float32,
@@ -40,13 +43,24 @@ class _Weight:
     entry: Entry
     stack: jax.Array
     row: int | None  # None: it is the whole array
+    kept: jax.Array | None = None  # which entries of the stack; None: all
+    pattern: Pattern | None = None
 
     @property
     def size(self) -> int:
         return self.stack.size // (1 if self.row is None else len(self.stack))
 
     def array(self) -> np.ndarray:
-        return np.asarray(self.stack if self.row is None else self.stack[self.row])
+        own = self._own(self.stack)
+        return own if self.kept is None else np.where(self._own(self.kept), own, 0)
+
+    def mask(self) -> np.ndarray:
+        """Which entries are kept, as transformers has the weight."""
+        assert self.kept is not None
+        return self.entry.to_hugging_face(self._own(self.kept))
+
+    def _own(self, stack: jax.Array) -> np.ndarray:
+        return np.asarray(stack if self.row is None else stack[self.row])
 
 
 def export_model(
@@ -60,7 +74,7 @@ def export_model(
 ) -> str:
     """Writes a checkpoint as a folder of transformers, whole or not at all; returns a line on it.
 
-    Weights that are zero stay so, in their places.
+    Sparse weights have zeros where their masks drop them, and the masks are packed beside them.
 
     Args:
       config: of the run.
@@ -79,8 +93,11 @@ def export_model(
     with made_whole(folder) as unfinished, jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
         model_def = ModelDef(config)
         state = restore_state(model_def, workdir, step)
-        weights = _weights(model_def, state.params, architecture)
+        weights = _weights(model_def, state, architecture)
         _write_weights(unfinished, weights, dtype, shard_bytes)
+        if model_def.targets:
+            sparse = [weight for weight in weights if weight.kept is not None]
+            write_masks(unfinished, ((w.name, w.mask(), w.pattern) for w in sparse))
         special = _write_tokenizer(unfinished, config)
         settings = {
             "architectures": [architecture.class_name],
@@ -104,18 +121,33 @@ def _architecture(config: ConfigDict) -> tuple[Architecture, dict[str, Any]]:
     raise ConfigError(f"--workdir: transformers has no such model: {'; '.join(reasons)}")
 
 
-def _weights(
-    model_def: ModelDef, params: Mapping[str, jax.Array], architecture: Architecture
-) -> list[_Weight]:
-    """Every parameter, which all have a name in transformers, or the config would be refused."""
+def _weights(model_def: ModelDef, state: TrainState, architecture: Architecture) -> list[_Weight]:
+    """Every parameter, which all have a name in transformers, or the config would be refused.
+
+    What makes masks of sparse weights has none: they come as their hard masks.
+    """
+    masks = jax.jit(model_def.masks)({**state.params, **state.variables})
+    makers = {
+        f"{name.removesuffix(KERNEL)}{own}"
+        for name in masks
+        for own in model_def.sparsity.variables
+    }
     weights = []
-    for name, stack in params.items():
+    for name in [name for name in state.params if name not in makers]:
         layers = model_def.names.of(name)
         entries = architecture.entries(layers)
+        target = model_def.targets.get(name)
         for row, layer_name in enumerate(layers):
             entry, layer = entries[layer_name]
-            own = None if layers == [name] else row
-            weights.append(_Weight(entry.name("hugging_face", layer), entry, stack, own))
+            weight = _Weight(
+                entry.name("hugging_face", layer),
+                entry,
+                state.params[name],
+                None if layers == [name] else row,
+                masks.get(name),
+                None if target is None else target.pattern,
+            )
+            weights.append(weight)
     return weights
 
 

@@ -1,11 +1,18 @@
 """Masks in bits, and weights of 2:4 in their compressed form, on the host."""
 
 import dataclasses
+import math
 
 import numpy as np
 from jaxtyping import Bool, Shaped, UInt8
 
-from sparseformer_jax.sparsity.nm import Pattern, groups_on_host, holds
+from sparseformer_jax.sparsity.nm import (
+    MOST_CANDIDATES,
+    Pattern,
+    candidates,
+    groups_on_host,
+    holds,
+)
 
 _TWO_OF_FOUR = Pattern(2, 4)
 
@@ -25,6 +32,53 @@ def unpack_bits(packed: UInt8[np.ndarray, " bytes"], shape: tuple[int, ...]) -> 
     if packed.size != -(-size // 8):
         raise ValueError(f"{packed.size} bytes for a mask of {size} entries, which {shape} has")
     return np.unpackbits(packed, count=size).astype(bool).reshape(shape)
+
+
+def bits_of_group(pattern: Pattern) -> int | None:
+    """Returns the bits that number the masks of a group, 3 of 2:4; None where there are too many.
+
+    They are less than one an entry: 0.75 of 2:4, 0.5 of 1:4.
+    """
+    number = math.comb(pattern.m, pattern.n)
+    return (number - 1).bit_length() if number <= MOST_CANDIDATES else None
+
+
+def pack_groups(kept: Bool[np.ndarray, "*S"], pattern: Pattern) -> UInt8[np.ndarray, " bytes"]:
+    """Returns a mask of n:m along its last axis as numbers of `candidates`, a group after another.
+
+    Each has `bits_of_group` bits, the highest first.
+
+    Raises:
+      ValueError: groups have too many masks, or the mask is not n:m.
+    """
+    width = bits_of_group(pattern)
+    if width is None or not holds(kept, pattern, axis=-1):
+        raise ValueError(f"a mask of shape {kept.shape}: is not {pattern}, or that has too many")
+    grouped = groups_on_host(kept, pattern.m, -1).reshape(-1, pattern.m)
+    # Of n entries all are shared with one candidate only.
+    shared = grouped.astype(np.float32) @ candidates(pattern.n, pattern.m).T.astype(np.float32)
+    places = np.arange(width)[::-1]
+    return np.packbits((np.argmax(shared, axis=1)[:, None] >> places).astype(np.uint8) & 1)
+
+
+def unpack_groups(
+    packed: UInt8[np.ndarray, " bytes"], shape: tuple[int, ...], pattern: Pattern
+) -> Bool[np.ndarray, "*S"]:
+    """Returns the mask of a shape that `pack_groups` was given.
+
+    Raises:
+      ValueError: the bytes are of another number of groups, or hold a number that is no mask's.
+    """
+    width = bits_of_group(pattern)
+    num_groups = math.prod(shape) // pattern.m
+    if width is None or packed.size != -(-num_groups * width // 8):
+        raise ValueError(f"{packed.size} bytes for a {pattern} mask of shape {shape}")
+    bits = np.unpackbits(packed, count=num_groups * width).reshape(num_groups, width)
+    numbers = bits @ (1 << np.arange(width)[::-1])
+    table = candidates(pattern.n, pattern.m).astype(bool)
+    if num_groups and numbers.max(initial=0) >= len(table):
+        raise ValueError(f"{numbers.max()}: numbers no mask of {pattern}")
+    return table[numbers.astype(np.int64)].reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from sparseformer_jax import command, mesh, registry
+from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.pretrained.__main__ import main as pretrained
+from sparseformer_jax.pretrained.mask_files import read_masks
 from sparseformer_jax.sparsity import report, workdirs
 from sparseformer_jax.sparsity.__main__ import main
 from sparseformer_jax.training.restore import restore_state
@@ -167,6 +170,39 @@ def test_a_broken_group_shows(magnitude, monkeypatch):
     assert [own["holds"] for own in found["weights"]].count(False) == 1
     assert "BROKEN" in report.table(found)
     assert not found["holds"]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_export_has_zeros_and_masks(dense, magnitude, pattern, tmp_path):
+    workdir, folder = magnitude, tmp_path / "folder"
+    if pattern != "2:4":
+        workdir = tmp_path / "fraction"
+        options = ["--method=magnitude", f"--pattern={pattern}"]
+        run("prune", f"--workdir={dense}", f"--out={workdir}", *options)
+    pretrained(["pretrained", "export", f"--workdir={workdir}", f"--out={folder}"])
+    tensors, masks = load_file(folder / "model.safetensors"), read_masks(folder)
+    assert len(masks) == NUM_WEIGHTS
+    held = checkpoint(workdir)
+    for name, weight, mask in held.masks():
+        outputs, inputs = masks[_elsewhere(name)].shape
+        ours, kept = (np.asarray(x).reshape(inputs, outputs).T for x in (weight, mask))
+        np.testing.assert_array_equal(masks[_elsewhere(name)], kept)
+        np.testing.assert_array_equal(tensors[_elsewhere(name)], np.where(kept, ours, 0))
+    packed = load_file(folder / "masks.safetensors")
+    bits = 8 * sum(x.size for x in packed.values()) / sum(x.size for x in masks.values())
+    assert bits == (0.75 if pattern == "2:4" else 1)
+    folder.joinpath("masks.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(ConfigError, match=r"masks\.safetensors: is damaged"):
+        read_masks(folder)
+
+
+def _elsewhere(name):
+    """The name of a kernel in transformers."""
+    _, layer, part, projection, _ = name.split("/")
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+    part = {"attention": "self_attn"}.get(part, part)
+    own = names.get(projection, f"{projection}_proj")
+    return f"model.layers.{layer}.{part}.{own}.weight"
 
 
 def test_refusals(dense, magnitude, text, capsys, tmp_path):
