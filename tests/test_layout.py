@@ -85,9 +85,13 @@ def test_libraries_behind_one_file_each():
     assert importers("torch") <= {"pallas_kernels/bench/torch_attention.py"}
 
 
-@pytest.mark.parametrize("name", registry.names("attention"))
-def test_a_method_is_three_files(name):
-    method = registry.method("attention", name)
+# "none" is no sparsity.
+METHODS = [(kind, n) for kind in registry.KINDS for n in registry.names(kind) if n != "none"]
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_a_method_is_three_files(kind, name):
+    method = registry.method(kind, name)
     assert {"Options", "Method"} <= vars(method).keys()
     assert (ROOT / f"configs/{name}.py").is_file()
-    assert (ROOT / f"tests/attention/test_{name}.py").is_file()
+    assert (ROOT / f"tests/{kind}/test_{name}.py").is_file()

@@ -82,6 +82,7 @@ class Options:
             raise ValueError(f"sr_ste_weight={self.sr_ste_weight}: must be at least 0")
         unread = {
             "decay_rate": (self.decay_rate, None, self.is_mask_decay),
+            "sr_ste_weight": (self.sr_ste_weight, 2e-4, self.recipe == "sr_ste"),
             "sr_ste_decoupled": (self.sr_ste_decoupled, False, self.recipe == "sr_ste"),
             "pruned_grad": (self.pruned_grad, "scaled", self.recipe != "sr_ste"),
         }
@@ -106,11 +107,14 @@ def check(options: Options, config: ConfigDict) -> None:
     """
     check_patterns(options.targets)
     num_steps = config.train.num_steps
-    is_hard_from = options.dense_steps + (0 if options.recipe == "sr_ste" else options.decay_steps)
-    if is_hard_from >= num_steps:
+    none_is_hard = f"no step of train.num_steps={num_steps} has hard masks; make"
+    if options.recipe == "sr_ste":
+        if options.dense_steps >= num_steps:
+            raise ValueError(f"dense_steps={options.dense_steps}: {none_is_hard} it less")
+    elif options.dense_steps + options.decay_steps >= num_steps:
         raise ValueError(
-            f"decay_steps={options.decay_steps}: with dense_steps={options.dense_steps} no step of "
-            f"train.num_steps={num_steps} has hard masks; make their sum less"
+            f"decay_steps={options.decay_steps}: with dense_steps={options.dense_steps} "
+            f"{none_is_hard} their sum less"
         )
 
 

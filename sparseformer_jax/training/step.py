@@ -63,6 +63,7 @@ def make_train_step(
         trainable = {name: state.params[name] for name in names}
         total = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)  # a constant is no array
 
         def gradients(piece: Batch, rng: jax.Array) -> tuple[Params, tuple[Metrics, Params]]:
             grad = jax.grad(piece_loss, has_aux=True)
@@ -82,7 +83,7 @@ def make_train_step(
             variables,
             opt_state,
             state.step + 1,
-            schedule(state.step),
+            learning_rate,
         )
         updated = {name: params[name] for name in names}
         squares = _squares(model_def, updated)
@@ -91,7 +92,7 @@ def make_train_step(
             "grad_norm": norm,
             "update_norm": _norm(_squares(model_def, updates)),
             "param_norm": _norm(squares),
-            "learning_rate": schedule(state.step),
+            "learning_rate": learning_rate,
             "tokens": total,
             **changes,
             "nonfinite": {n: ~jnp.isfinite(grad_squares[n] + squares[n]) for n in names}

@@ -125,10 +125,14 @@ def _reset(
 ) -> optax.OptState:
     """The optimiser's state with zeros where a mask changed."""
 
+    def zero(where: jax.Array, moment: Any) -> Any:
+        # Of a weight that another optimiser moves, or none, there is no array.
+        return jax.tree.map(lambda x: jnp.where(where, jnp.zeros((), x.dtype), x), moment)
+
     def zeroed(moments: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: jnp.where(changed[name], jnp.zeros((), x.dtype), x) if name in changed else x
-            for name, x in moments.items()
+            name: zero(changed[name], moment) if name in changed else moment
+            for name, moment in moments.items()
         }
 
     return map_named(zeroed, opt_state, names)

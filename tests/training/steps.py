@@ -25,16 +25,20 @@ def programs(config_json, device_mesh):
     return abstract, start, jax.jit(step)
 
 
-def train(config, sizes, batch, num_steps=3):
+def train(config, sizes, batch, num_steps=3, state=None):
     """Returns losses, the last metrics and the state after a few steps on a mesh.
 
-    `batch` holds arrays [B, T], which accumulation cuts into pieces.
+    `batch` holds arrays [B, T], which accumulation cuts into pieces. `state`: from which they
+    go on; None: the first one.
     """
     devices = jax.devices()[: int(np.prod(list(sizes.values()), dtype=int))]
     device_mesh = mesh.make_mesh(sizes, devices)
     with jax.set_mesh(device_mesh):
         abstract, start, step = programs(to_json(config), device_mesh)
-        state = start()
+        if state is None:
+            state = start()
+        else:
+            state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract)
         assert jax.tree.map(lambda x: x.sharding.spec, state.params) == jax.tree.map(
             lambda x: x.sharding.spec, abstract.params
         )

@@ -1,0 +1,116 @@
+"""Masks of another run or of magnitude, which stay, as do the weights that they drop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparseformer_jax import mesh, presets, registry
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.config import to_json
+from sparseformer_jax.sparsity import fixed, nm
+from sparseformer_jax.sparsity.base import Target
+from sparseformer_jax.sparsity.nm import Pattern
+from sparseformer_jax.training.checkpoint import Checkpoints, Meta
+from sparseformer_jax.training.masks import priors
+from sparseformer_jax.training.restore import saved_form
+from sparseformer_jax.training.state import ModelDef, TrainState
+
+TARGET = Target(Pattern(2, 4), -2, 2)
+
+
+def config_of(name, **options):
+    config = presets.baseline("tiny")
+    config.sparsity = registry.method_config("sparsity", name, **options)
+    return config
+
+
+@pytest.fixture
+def one_device():
+    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
+        yield
+
+
+@pytest.fixture
+def saved(tmp_path, one_device):
+    """A function that saves a run of random arrays as step 3, and returns their masks by layer."""
+
+    def save(config, name):
+        model_def, random = ModelDef(config), np.random.default_rng(0)
+
+        def drawn(x):
+            value = random.random(x.shape) < 0.5 if x.dtype == bool else random.random(x.shape)
+            return jax.device_put(value.astype(x.dtype), x.sharding)
+
+        params, variables = jax.tree.map(drawn, model_def.abstract(jax.sharding.get_mesh()))
+        with Checkpoints(tmp_path / name) as checkpoints:
+            state = saved_form(model_def, TrainState(3, params, variables))
+            checkpoints.save(3, state, Meta({}, "", to_json(config)))
+            checkpoints.wait()
+        return model_def.to_layers(model_def.masks({**params, **variables}))
+
+    return save
+
+
+def test_masks_of_another_run(saved, tmp_path):
+    """For some of its weights, whatever their pattern and stacks are."""
+    expected = saved(config_of("fixed", targets=("ff",)), "source")
+    assert len(expected) == 6
+    source = f"{tmp_path}/source:3"
+    config = config_of("fixed", targets=("layers/1/mlp/(up|down)",), prior=source)
+    model_def = ModelDef(config)
+    found = model_def.to_layers(priors(model_def))
+    assert found.keys() == {"layers/1/mlp/up/kernel", "layers/1/mlp/down/kernel"}
+    for name, kept in found.items():
+        np.testing.assert_array_equal(kept, expected[name])
+        assert 0.4 < kept.mean() < 0.6
+    state = model_def.sparsity.init(None, TARGET, None, kept)
+    np.testing.assert_array_equal(state["mask"], kept)
+    assert priors(ModelDef(config_of("fixed"))) == {}
+
+
+def test_what_is_no_prior_is_one_line(saved, tmp_path):
+    saved(config_of("fixed", targets=("ff",)), "source")
+    saved(config_of("none"), "dense")
+
+    def refused(name, targets, match, change=lambda config: None):
+        config = config_of("maskllm", prior=f"{tmp_path}/{name}", targets=targets)
+        change(config)
+        model_def = ModelDef(config)
+        with pytest.raises(ConfigError, match=match) as error:
+            priors(model_def)
+        assert str(error.value).startswith(f"sparsity.prior='{tmp_path}/{name}': ")
+        assert "\n" not in str(error.value)
+
+    refused("dense", ("ff=2:4",), "dense is a dense checkpoint: it has no masks$")
+    refused("none", ("ff=2:4",), "none holds no checkpoints")
+    refused("source:4", ("ff=2:4",), "no checkpoint of step 4")
+    refused("source", ("all=2:4",), "does not fit the model: missing: layers/./attention/")
+
+    def narrow(config):
+        config.model.mlp_dim = 64
+
+    message = r"misshapen: layers/0/mlp/.*/kernel is bool\[.*128.*\] instead of bool\[64, 64\]"
+    refused("source", ("ff=2:4",), message, narrow)
+
+
+def test_magnitude_is_the_prior_where_none_is_given():
+    weight = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6)), jnp.float32)
+    method = fixed.Method(fixed.Options())
+    kept = method.init(weight, TARGET, None, None)["mask"]
+    np.testing.assert_array_equal(kept, nm.mask(jnp.abs(weight), 2, 4, -2))
+    assert method.init(weight, Target(None, -2, 2), None, None)["mask"].all()
+
+
+def test_dropped_weights_stay_as_they_were():
+    """The optimiser moves them by its decay and old moments; no gradient reaches them."""
+    old = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6)), jnp.float32)
+    method = fixed.Method(fixed.Options())
+    state = method.init(old, TARGET, None, None)
+    kept = state["mask"]
+    weight, same = method.update(old, old * 0.9, state, TARGET, 1, jnp.float32(0.1))
+    np.testing.assert_array_equal(weight, jnp.where(kept, old * 0.9, old))
+    assert same is state
+    gradient = jax.grad(lambda w: method.apply(w, state, TARGET, 0, None).weight.sum())(old)
+    np.testing.assert_array_equal(gradient, kept)
+    np.testing.assert_array_equal(method.training_density(Pattern(2, 4), np.arange(3)), [0.5] * 3)
