@@ -57,3 +57,7 @@ def test_describe_shows_everything(config):
         for word in text.split("parameters: ")[1].split(" trainable")[0].split(" (")
     )
     assert 0 < trainable < parameters
+    model = config.model
+    places = 64 + 16 * model.num_heads // model.num_kv_heads  # the band, and stripes of a group
+    kept = model.num_layers * 2 * model.num_kv_heads * model.head_dim * 4 * places
+    assert f"{kept / config.data.seq_len:,.0f} bytes a token" in text
