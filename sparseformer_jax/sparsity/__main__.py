@@ -32,13 +32,15 @@ Makes of a dense run one with masks, without training.
       --update_weights --pattern=2:4 --out=/tmp/sparse --num_samples=64 --seq_len=512
 
 Methods: magnitude, which reads no text, wanda, ria, and sparsegpt, which may update the weights it
-keeps; --dsnot exchanges weights of their masks. A pattern is n:m, n of every m along what a
-product sums over, or the kept fraction. What comes next:
+keeps. --dsnot exchanges weights of their masks. --permute reorders the hidden units of MLPs, which
+leaves the model as it is, so that groups of n:m share the large ones. A pattern is n:m, n of every
+m along what a product sums over, or the kept fraction. What comes next:
 
   python -m sparseformer_jax.evaluation.windows --workdir=/tmp/sparse --files=test.txt
   python -m sparseformer_jax.sparsity report --workdir=/tmp/sparse
 
-and --config.init_from=/tmp/sparse --config.sparsity.name=fixed has a run train what is kept.
+and configs/fixed.py:pretrained with --config.init_from=/tmp/sparse trains what is kept, for a
+fraction with --config.sparsity.targets=all, too.
 --config.data.* say what text is read; the new run keeps the config of the old one.
 """
 
@@ -86,6 +88,7 @@ def _prune(argv: Sequence[str]) -> None:
     flags.DEFINE_string("targets", "all", "all, ff, qkv or regexes on names, with commas", own)
     command.switch(own, "update_weights", "let sparsegpt change the weights it keeps")
     command.switch(own, "dsnot", "exchange weights of the mask afterwards")
+    command.switch(own, "permute", "with ria and n:m, deal hidden units to groups anew")
     command.number(own, "step", "checkpoint to prune; default: the latest")
     flags.DEFINE_string("split", "train", "of the text", own)
     flags.DEFINE_integer("num_samples", 128, "examples of text", 1, flag_values=own)
@@ -106,7 +109,13 @@ def _run_prune(own: flags.FlagValues, argv: list[str]) -> None:
     from sparseformer_jax.sparsity import one_shot, workdirs
     from sparseformer_jax.sparsity._selection import parse
 
-    recipe = one_shot.Recipe(own.method, parse(own.pattern), own.update_weights, own.dsnot)
+    recipe = one_shot.Recipe(
+        own.method,
+        parse(own.pattern),
+        update_weights=own.update_weights,
+        dsnot=own.dsnot,
+        permute=own.permute,
+    )
     seed = config.seed if own.seed is None else own.seed
     text = workdirs.Text(own.split, own.num_samples, seed)
     targets = tuple(own.targets.split(","))

@@ -7,7 +7,9 @@ models" (ICLR 2024).
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparseformer_jax.sparsity._selection import grouped
 from sparseformer_jax.sparsity._statistics import Statistics
+from sparseformer_jax.sparsity.nm import Pattern
 
 
 def scores(
@@ -24,6 +26,17 @@ def scores(
     parts = [size / jnp.sum(size, axis=axis, keepdims=True) for axis in (1, 0)]
     relative = jnp.where(size == 0, 0, parts[0] + parts[1])
     return relative * jnp.power(statistics.mean_square, power / 2)[:, None]
+
+
+def order(scores: Float[Array, "I O"], pattern: Pattern) -> Int[Array, " I"]:
+    """Returns the order of inputs in which n:m keeps more of the scores: `permutation`, or as is.
+
+    Raises:
+      ConfigError: the inputs do not divide into groups.
+    """
+    orders = jnp.stack([jnp.arange(len(scores)), permutation(scores, pattern.m)])
+    kept = [jnp.sum(jnp.where(grouped(scores[each], pattern), scores[each], 0)) for each in orders]
+    return orders[jnp.argmax(jnp.stack(kept))]
 
 
 def permutation(scores: Float[Array, "I O"], m: int) -> Int[Array, " I"]:

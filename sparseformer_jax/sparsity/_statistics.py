@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -49,6 +49,12 @@ class Statistics:
 
     def __add__(self, other: "Statistics") -> "Statistics":
         return jax.tree.map(jnp.add, self, other)
+
+    def take(self, order: Int[Array, " I"]) -> "Statistics":
+        """Returns the sums of the inputs in another order."""
+        of_inputs = {name: getattr(self, name)[order] for name in ("sums", "squares", "deviations")}
+        products = None if self.products is None else self.products[order][:, order]
+        return dataclasses.replace(self, **of_inputs, products=products)
 
     @property
     def mean_sum(self) -> Float[Array, " I"]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -24,14 +24,21 @@ from sparseformer_jax.checks import ConfigError, NonFiniteError
 from sparseformer_jax.data.packing import Batch, PackedExamples
 from sparseformer_jax.model.layers import Projection
 from sparseformer_jax.model.transformer import Block
-from sparseformer_jax.sparsity import one_shot
+from sparseformer_jax.sparsity import _ria, one_shot
 from sparseformer_jax.sparsity._statistics import Statistics
 from sparseformer_jax.sparsity.base import hard
+from sparseformer_jax.sparsity.nm import Pattern
 from sparseformer_jax.sparsity.one_shot import Recipe
 from sparseformer_jax.sparsity.targets import KERNEL
 from sparseformer_jax.training.state import ModelDef
 
 _SEEN = ("inputs", "positions", "segment_ids")
+
+_DOWN = "mlp/down"
+
+# Which axis of what in a layer are the hidden units of its MLP.
+_HIDDEN = {"mlp/down/kernel": 0}
+_HIDDEN |= {f"mlp/{name}/{own}": -1 for name in ("gate", "up") for own in ("kernel", "bias")}
 
 # Paths of the projections of a layer that share an input, and its sums.
 _Sums = dict[tuple[str, ...], Statistics]
@@ -73,8 +80,10 @@ def prune_model(
     *,
     step: int,
     batch_size: int,
-) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+) -> Iterator[tuple[str, jax.Array, jax.Array | None]]:
     """Yields the name of each target, its weight and its mask, in the shape of the kernel.
+
+    Where hidden units of an MLP are permuted, others that this changes come with None.
 
     Args:
       model_def: of the model, whose weights are dense.
@@ -104,6 +113,10 @@ def prune_model(
         if stream is not None:
             sums = stream.observe(block, own, chosen[number], products=recipe.reads_products)
         by_path = {path: x for paths, x in sums.items() for path in paths}
+        if recipe.permute and _DOWN in by_path:
+            own, by_path = _permuted(recipe, own, by_path)
+            for name in own.keys() & _HIDDEN.keys() - {f"{p}/{KERNEL}" for p in chosen[number]}:
+                yield start + name, own[name], None
         for path in chosen[number]:
             name = f"{path}/{KERNEL}"
             in_dims = _projection(block, path).in_dims
@@ -217,6 +230,28 @@ def _forward(
 ) -> jax.Array:
     block: Block = nnx.merge(graphdef, state)
     return block(x, positions, segment_ids, None, step)[0]
+
+
+def _permuted(
+    recipe: Recipe, values: Mapping[str, jax.Array], by_path: Mapping[str, Statistics]
+) -> tuple[dict[str, jax.Array], dict[str, Statistics]]:
+    """A layer with the hidden units of its MLP in an order that serves n:m of the down projection.
+
+    The order of no other projection's inputs is free in a layer: they are the residual stream, or
+    heads that share keys.
+    """
+    assert isinstance(recipe.pattern, Pattern)
+    down = f"{_DOWN}/{KERNEL}"
+    order = _order(recipe.pattern, values[down], by_path[_DOWN])
+    moved = {n: jnp.take(x, order, axis=_HIDDEN[n]) for n, x in values.items() if n in _HIDDEN}
+    return {**values, **moved}, {**by_path, _DOWN: by_path[_DOWN].take(order)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _order(
+    pattern: Pattern, weight: Float[Array, "I O"], statistics: Statistics
+) -> Int[Array, " I"]:
+    return _ria.order(_ria.scores(weight, statistics), pattern)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -38,6 +38,7 @@ class Recipe:
       pattern: n:m along the inputs, or a kept fraction.
       update_weights: whether SparseGPT changes the kept weights, too.
       dsnot: whether DSnoT refines the mask.
+      permute: whether, for RIA's n:m, inputs whose order is free are dealt to groups anew.
 
     Raises:
       ConfigError: the method is unknown, or the steps do not go together.
@@ -47,6 +48,7 @@ class Recipe:
     pattern: AnyPattern
     update_weights: bool = False
     dsnot: bool = False
+    permute: bool = False
 
     def __post_init__(self) -> None:
         check_choice("--method", self.method, METHODS)
@@ -57,6 +59,12 @@ class Recipe:
         if self.update_weights and self.dsnot:
             raise ConfigError(
                 "--dsnot: revives weights that --update_weights has made up for; leave one out"
+            )
+
+        if self.permute and not (self.method == "ria" and isinstance(self.pattern, Pattern)):
+            raise ConfigError(
+                f"--permute: deals inputs to groups by RIA's scores, not for {self.method} with"
+                f" {self.pattern}; take --method=ria and n:m"
             )
 
     @property

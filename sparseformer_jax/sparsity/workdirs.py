@@ -156,8 +156,10 @@ def prune(
             batch_size=overridden.eval.batch_size,
         ):
             place = params[name].sharding
-            if recipe.update_weights:
+            if recipe.update_weights or recipe.permute:
                 params[name] = jax.device_put(weight, place)
+            if mask is None:
+                continue
             variables[f"{name.removesuffix(KERNEL)}mask"] = jax.device_put(mask, place)
             kept, total = kept + int(mask.sum()), total + mask.size
         _write(folder, out, sparse, dense.step, params, variables)

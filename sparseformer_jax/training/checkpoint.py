@@ -24,6 +24,9 @@ policies = ocp.training.preservation_policies
 
 # Of arrays on their way to disk, unless one is larger, where memory holds no copy of all.
 _BYTES_AT_ONCE = 2**26
+# Of an array that replicas write together, a part each: a smaller one is written by one of
+# them, as cutting it takes longer, the first time above all, when each shape is compiled.
+_BYTES_OF_A_REPLICA = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Checkpoints:
         """Starts writing a checkpoint; returns when the arrays may be changed."""
         if step != self.latest_step:
             items = {"state": state, "meta": dataclasses.asdict(meta)}
-            with self._writing():
+            with self._writing(), _saving():
                 self._checkpointer.save_checkpointables_async(step, items)
 
     def write(self, step: int, state: Any, meta: Meta) -> None:
@@ -108,7 +111,7 @@ class Checkpoints:
         """
         largest = max(array.nbytes for array in jax.tree.leaves(state))
         at_once = max(_BYTES_AT_ONCE, largest + 1)  # what orbax takes must be less
-        context = ocp.Context()
+        context = _saving()
         context.memory.deepcopy_host_arrays = False
         context.memory.transfer_concurrent_bytes = at_once
         context.memory.write_concurrent_bytes = at_once
@@ -216,6 +219,13 @@ class Checkpoints:
             raise ConfigError(
                 f"no checkpoint of step {step} in {self.directory}; there are {self._steps()}"
             )
+
+
+def _saving() -> ocp.Context:
+    """How every checkpoint is written."""
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = _BYTES_OF_A_REPLICA
+    return context
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

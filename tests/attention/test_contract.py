@@ -13,6 +13,7 @@ DENSE_OPTIONS the options with which it does no more than dense attention does. 
 
 import dataclasses
 import functools
+import gc
 import importlib
 import pathlib
 import runpy
@@ -150,7 +151,9 @@ def subject(request):
         "segment_ids": segment_ids,
         "positions": positions,
     }
-    return Subject(config, jax.tree.map(jnp.asarray, batch))
+    yield Subject(config, jax.tree.map(jnp.asarray, batch))
+    Subject.run.clear_cache()
+    gc.collect()  # or the programs of all methods fill gigabytes
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +175,7 @@ def test_outputs_have_their_shapes(subject):
     assert all(len(value) <= model.num_layers for value in output.diagnostics.values())
 
 
+@pytest.mark.representative("s2", "masformer", "dense")  # pairs are counted without jit, too
 def test_attention_is_the_same_compiled_or_not(subject):
     attention, arguments = subject.attention(), subject.attention_inputs
     eager = attention(*arguments)
@@ -302,7 +306,7 @@ def test_dropout_is_a_function_of_the_key(subject):
 
 
 @pytest.mark.parametrize("remat", ["full", "dots_saveable"])
-@pytest.mark.representative("*-full")
+@pytest.mark.representative("combiner-full", "masformer-full")
 def test_recomputing_changes_nothing(subject, remat):
     config = subject.changed(remat=remat)
     actual = subject.gradients_of(config, subject.params, subject.variables, subject.batch)

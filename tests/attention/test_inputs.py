@@ -81,6 +81,7 @@ def outputs(method, sizes):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.representative("{'tensor': 2, 'context': 4}", "{'data': 2, 'fsdp': 2, 'context': 2}")
 def test_noise_does_not_depend_on_the_mesh(sizes):
     _, _, expected, actual = outputs(Noisy, sizes)
     assert_close(actual, expected, 1e-5)

@@ -50,8 +50,6 @@ def assert_equal(actual, expected):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.representative(
     "dense_longer_keys",
-    "random_ragged",
-    "pattern_per_query_head",
     "segments",
     "strided",
     "bfloat16",
@@ -113,6 +111,7 @@ def test_agrees_in_simulated_memory(name):
 
 
 @pytest.mark.parametrize(("name", "visits"), [("pattern_per_batch", 20), ("random_ragged", 6)])
+@pytest.mark.representative("pattern*")
 def test_lists_beyond_scalar_memory_are_walked_in_chunks(name, visits, monkeypatch):
     monkeypatch.setattr(flat, "MOST_VISITS", visits)
     call = kernel_cases.make(CASES[name])

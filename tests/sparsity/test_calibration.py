@@ -41,9 +41,12 @@ def samples():
     return {"inputs": tokens, "positions": positions, "segment_ids": segments}
 
 
-def pruned(model_def, values, targets, recipe, samples):
-    options = {"step": 0, "batch_size": 2}
-    found = calibration.prune_model(model_def, values, targets, recipe, samples, **options)
+def prune_model(*arguments):
+    return calibration.prune_model(*arguments, step=0, batch_size=2)
+
+
+def pruned(*arguments):
+    found = prune_model(*arguments)
     return {name: (np.asarray(weight), np.asarray(mask)) for name, weight, mask in found}
 
 
@@ -79,6 +82,25 @@ def test_layers_see_pruned_ones_before_and_themselves_dense(model_def, values, s
                 _, _, part, projection, _ = name.split("/")
                 getattr(getattr(block, part), projection).kernel[...] = jnp.asarray(weight * mask)
         x, _ = block(x, positions, segments, None)
+
+
+def test_permuted_hidden_units_leave_the_model_as_it_is(model_def, values, samples):
+    pattern, masks = Pattern(2, 4), {}
+    layers = dict(values)
+    targets = [f"layers/{number}/mlp/{name}/kernel" for number in (0, 1) for name in ("up", "down")]
+    recipe = Recipe("ria", pattern, permute=True)
+    for name, value, mask in prune_model(model_def, values, targets, recipe, samples):
+        layers[name], masks[name] = jnp.asarray(value), mask
+    assert masks.keys() == {*targets, "layers/0/mlp/gate/kernel", "layers/1/mlp/gate/kernel"}
+    moved = "layers/0/mlp/down/kernel"
+    assert (layers[moved] != values[moved]).any()
+    tokens = jnp.asarray(samples["inputs"])
+    before, after = (
+        model_def.model(model_def.from_layers(own), {}, 0)(tokens).logits
+        for own in (values, layers)
+    )
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5 * np.abs(before).max())
+    assert (np.asarray(masks[moved]).reshape(7, 4, 20).sum(axis=1) == 2).all()
 
 
 def test_what_reads_no_text_gets_none(model_def, values):

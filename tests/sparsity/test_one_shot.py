@@ -207,6 +207,9 @@ def test_ria_deals_inputs_to_groups():
     scores = jnp.arange(6.0)[:, None] * jnp.ones((1, 2))
     np.testing.assert_array_equal(_ria.permutation(scores, 2), [0, 5, 1, 4, 2, 3])
     np.testing.assert_array_equal(_ria.permutation(scores, 3), [0, 3, 4, 1, 2, 5])
+    np.testing.assert_array_equal(_ria.order(scores, Pattern(1, 2)), [0, 5, 1, 4, 2, 3])
+    apart = jnp.array([9.0, 1, 8, 2, 7, 3])[:, None]  # as it is the best there is
+    np.testing.assert_array_equal(_ria.order(apart, Pattern(1, 2)), range(6))
     _, x = matrix(6, 2)
     zeros = jnp.zeros((6, 2))
     assert not _ria.scores(zeros, Statistics.of(jnp.asarray(x), products=False)).any()
@@ -233,6 +236,10 @@ def test_patterns_as_they_are_written():
         (
             lambda: one_shot.Recipe("sparsegpt", Pattern(2, 4), update_weights=True, dsnot=True),
             "--dsnot: revives weights",
+        ),
+        (
+            lambda: one_shot.Recipe("ria", Unstructured(0.5), permute=True),
+            "--permute: deals inputs to groups by RIA's scores, not for ria with 0.5",
         ),
     ],
 )

@@ -126,6 +126,7 @@ def test_what_does_not_fit_is_one_line(config, source, add_attention):
 
 def test_masformer_from_a_dense_run_trains_resumes_and_evaluates(config, tmp_path, capsys):
     """The dense run is gone when it resumes."""
+    config.train.accumulation_steps, config.model.dropout = 1, 0.0
     config.train.num_steps = config.optimizer.warmup_steps = 1
     dense, sparse = tmp_path / "dense", tmp_path / "sparse"
     loop.train(with_attention(config, "dense"), dense)

@@ -25,6 +25,7 @@ def config():
 
 @pytest.mark.parametrize("sizes", [{}, {"tensor": 2, "fsdp": 2, "context": 2}], ids=str)
 @pytest.mark.parametrize("train", [True, False])
+@pytest.mark.representative("True-*tensor*", "False-{}")
 def test_logits_of_a_batch_are_never_whole(config, monkeypatch, sizes, train):
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 2**19)
     device_mesh = mesh.make_mesh(sizes, None if sizes else jax.devices()[:1])

@@ -13,6 +13,13 @@ from sparseformer_jax.training.checkpoint import Checkpoints
 from tests.training.processes import ROOT
 
 
+@pytest.fixture
+def config(config):
+    """Without what makes compiling slow: steps are counted here, not compared."""
+    config.train.accumulation_steps, config.model.dropout = 1, 0.0
+    return config
+
+
 def steps(workdir, name):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines if name in line]

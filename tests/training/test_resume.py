@@ -45,12 +45,11 @@ def test_a_killed_run_resumes_with_equal_floats(endless, tmp_path):
     # The save at step 4 waited for that at step 2 to be whole.
     processes.interrupt(run, 5, signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
-    for step, number, code in ((7, signal.SIGTERM, 0), (9, signal.SIGINT, 130)):
-        run = processes.start(endless, workdir)
-        output = processes.interrupt(run, step, number)
-        assert run.returncode == code, output
-        assert "resuming from step" in output
-        assert "the same command resumes" in output
+    run = processes.start(endless, workdir)
+    output = processes.interrupt(run, 7, signal.SIGINT)
+    assert run.returncode == 130, output
+    assert "resuming from step" in output
+    assert "the same command resumes" in output
     actual = processes.losses(workdir)
     assert list(actual) == list(range(1, len(actual) + 1))
     whole = tmp_path / "whole"
