@@ -44,6 +44,7 @@ TRAIN = {
     "--config.model.num_layers=1.5": "flag --config.model.num_layers=1.5: must be int",
     "--config={tmp}/broken.py": "config={tmp}/broken.py: line 2: invalid syntax",
     "--config={tmp}/missing.py": "config={tmp}/missing.py: no such file",
+    "--config=configs/pgf.py:2:x": "sparsity.targets='ff=2:x': pattern '2:x': must be n:m, n kept",
     "--coordinator_address=here": "coordinator_address, num_processes and process_id go together",
     "--workdir=": "--workdir=...: missing",
 }

@@ -35,7 +35,7 @@ def check(options: Options, config: ConfigDict) -> None:
     """Checks the targets.
 
     Raises:
-      ValueError: one cannot be read.
+      ValueError: there are none, or one cannot be read.
     """
     parse(options.targets)
 

@@ -212,8 +212,9 @@ class Method(WeightSparsity):
         probabilities = jax.nn.softmax(scaled, axis=front)
         confidence = jnp.mean(jnp.max(probabilities, axis=front))
         if options.straight_through:
-            chosen = likeliest(scaled, target)
-            probabilities += jax.lax.stop_gradient(chosen - probabilities)
+            # Adds 0, and its gradient: masks are exact.
+            soft = probabilities - jax.lax.stop_gradient(probabilities)
+            probabilities = likeliest(scaled, target) + soft
         mask = soft_mask(probabilities, target)
         losses = {}
         if options.regularizer:

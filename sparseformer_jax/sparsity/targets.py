@@ -34,8 +34,10 @@ def parse(targets: Sequence[str]) -> list[_Choice]:
     """Returns the choices of `sparsity.targets`, each "NAMES=n:m", or "NAMES" for given masks.
 
     Raises:
-      ValueError: one cannot be read.
+      ValueError: there are none, or one cannot be read.
     """
+    if not targets:
+        raise ConfigError("targets=(): nothing is made sparse; name weights, as 'ff=2:4'")
     choices = []
     for text in targets:
         names, equals, pattern = text.rpartition("=")
@@ -57,13 +59,11 @@ def parse(targets: Sequence[str]) -> list[_Choice]:
 
 
 def check_patterns(targets: Sequence[str]) -> None:
-    """Checks that there are targets, each with an n:m.
+    """Checks that every target has an n:m.
 
     Raises:
       ValueError: there are none, or one has no pattern or cannot be read.
     """
-    if not targets:
-        raise ValueError("targets=(): nothing is made sparse; name weights, as 'ff=2:4'")
     for choice in parse(targets):
         if choice.pattern is None:
             raise ValueError(

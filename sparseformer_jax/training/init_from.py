@@ -1,6 +1,7 @@
 """Starts a run with the parameters of another one, by the names of layers."""
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -31,14 +32,16 @@ def first_state(
     initialised.
 
     Raises:
-      ConfigError: there is no such checkpoint, or anything else is missing, left over or of
-        another shape.
+      ConfigError: there is no such checkpoint, anything else is missing, left over or of
+        another shape, or weights are to have masks that nothing gives.
     """
     config = model_def.config
     source = config.init_from
+    given = priors(model_def)
     if not source:
+        _check_given(model_def, model_def.targets, given)
         fresh = jax.jit(lambda priors: init_state(model_def, optimizer, key, priors))
-        return fresh(priors(model_def)), []
+        return fresh(given), []
     workdir, step = split_source(source)
     if not (workdir / "checkpoints").is_dir():
         raise ConfigError(f"init_from={source!r}: {workdir} holds no checkpoints")
@@ -54,13 +57,29 @@ def first_state(
         note += f"; of {' and '.join(names)} itself, initialised: {first_names(new)}"
     if others:
         note += f"; they were trained with other settings: {'; '.join(others)}"
-    masked = [name for name in model_def.targets if set(_state_of(model_def, name)) & set(new)]
+    masked = [
+        name
+        for name in model_def.targets
+        if name in given or not set(new).isdisjoint(_state_of(model_def, name))
+    ]
+    _check_given(model_def, masked, given)
 
     def start(params: Params, variables: Params, priors: Params) -> TrainState:
         started = weight_sparsity.start(model_def, params, variables, key, priors, masked)
         return new_state(model_def, optimizer, *started)
 
-    return jax.jit(start)(params, variables, priors(model_def)), [note]
+    return jax.jit(start)(params, variables, given), [note]
+
+
+def _check_given(model_def: ModelDef, names: Iterable[str], given: Mapping[str, Any]) -> None:
+    """Refuses weights that are sparse by no pattern and by no mask."""
+    for name in names:
+        if model_def.targets[name].pattern is None and name not in given:
+            targets, weight = model_def.config.sparsity.targets, model_def.names.of(name)[0]
+            raise ConfigError(
+                f"sparsity.targets={','.join(targets)!r}: {weight} has no pattern and no mask;"
+                " write NAMES=n:m, or name a run with masks as sparsity.prior or init_from"
+            )
 
 
 def _state_of(model_def: ModelDef, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sparseformer_jax import mesh, presets, registry
@@ -12,6 +13,7 @@ from sparseformer_jax.sparsity import fixed, nm
 from sparseformer_jax.sparsity.base import Target
 from sparseformer_jax.sparsity.nm import Pattern
 from sparseformer_jax.training.checkpoint import Checkpoints, Meta
+from sparseformer_jax.training.init_from import first_state
 from sparseformer_jax.training.masks import priors
 from sparseformer_jax.training.restore import saved_form
 from sparseformer_jax.training.state import ModelDef, TrainState
@@ -67,6 +69,34 @@ def test_masks_of_another_run(saved, tmp_path):
     state = model_def.sparsity.init(None, TARGET, None, kept)
     np.testing.assert_array_equal(state["mask"], kept)
     assert priors(ModelDef(config_of("fixed"))) == {}
+
+
+def test_a_mask_that_nothing_gives_is_one_line(one_device):
+    config = config_of("fixed", targets=("ff=2:4", "qkv"))
+    with pytest.raises(ConfigError) as error:
+        first_state(ModelDef(config), optax.identity(), jax.random.key(0))
+    assert str(error.value) == (
+        "sparsity.targets='ff=2:4,qkv': layers/0/attention/key/kernel has no pattern and no "
+        "mask; write NAMES=n:m, or name a run with masks as sparsity.prior or init_from"
+    )
+
+
+def test_a_given_mask_replaces_that_of_the_run_it_starts_from(saved, tmp_path):
+    """Parameters are of one run, masks of another; without a prior masks are the first's too."""
+    own = saved(config_of("fixed", targets=("mlp/up",)), "start")
+    config = config_of("fixed", targets=("mlp/up",))
+    config.init_from = f"{tmp_path}/start"
+    state, _ = first_state(ModelDef(config), optax.identity(), jax.random.key(0))
+    other = saved(config_of("fixed", targets=("all=1:4",)), "masks")
+    config.sparsity.prior = f"{tmp_path}/masks"
+    model_def = ModelDef(config)
+    replaced, _ = first_state(model_def, optax.identity(), jax.random.key(0))
+    for name, value in model_def.to_layers(state.variables).items():
+        kernel = name.replace("/mask", "/kernel")
+        np.testing.assert_array_equal(value, own[kernel])
+        given = model_def.to_layers(replaced.variables)[name]
+        np.testing.assert_array_equal(given, other[kernel])
+        assert not np.array_equal(given, value)
 
 
 def test_what_is_no_prior_is_one_line(saved, tmp_path):

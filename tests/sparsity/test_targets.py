@@ -60,7 +60,11 @@ def test_mistakes(targets, message):
 def test_what_is_learned_needs_a_pattern(name):
     wanted = "sparsity.targets='ff': has no pattern; write NAMES=n:m, as 'ff=2:4'"
     assert mistake(config_of(name, "ff")) == wanted
-    assert mistake(config_of(name)).startswith("sparsity.targets=(): nothing is made sparse; name")
+
+
+def test_no_targets():
+    wanted = "sparsity.targets=(): nothing is made sparse; name weights, as 'ff=2:4'"
+    assert mistake(config_of("fixed")) == mistake(config_of("pgf")) == wanted
 
 
 def test_the_head_stays_dense():
