@@ -34,6 +34,7 @@ from sparseformer_jax.training.state import ModelDef
 
 _SEEN = ("inputs", "positions", "segment_ids")
 
+_EMBEDDINGS = ("embedding/", "position_embedding/")
 _DOWN = "mlp/down"
 
 # Which axis of what in a layer are the hidden units of its MLP.
@@ -273,7 +274,7 @@ def _embedded(
 ) -> list[Float[np.ndarray, "B T D"]]:
     """The residual stream before the first layer."""
     abstract = {**model_def.params, **model_def.variables}
-    first = {name: on_device(x) for name, x in values.items() if not name.startswith("layers/")}
+    first = {name: on_device(x) for name, x in values.items() if name.startswith(_EMBEDDINGS)}
 
     @jax.jit
     def embed(first: dict[str, jax.Array], tokens: jax.Array, positions: jax.Array) -> jax.Array:
