@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseformer_jax.sparsity import nm, packing, pgf
+from sparseformer_jax.sparsity import _selection, nm, packing, pgf
 from sparseformer_jax.sparsity.base import Target
 from sparseformer_jax.sparsity.nm import Pattern
 from tests.golden import loading
@@ -81,6 +81,13 @@ def test_masks(case):
 def test_masks_along_an_axis_in_the_middle(case):
     arrays = load("nm_masks.npz", case)
     kept = mask_of(arrays["w"], case["N"], case["M"], 1 - arrays["w"].ndim)
+    np.testing.assert_array_equal(kept, arrays["mask"])
+
+
+@cases("nm_masks.npz", "uns")
+def test_masks_of_a_whole_tensor(case):
+    arrays = load("nm_masks.npz", case)
+    kept = _selection.of_all(jnp.abs(arrays["w"]), arrays["w"].size - case["kept"])
     np.testing.assert_array_equal(kept, arrays["mask"])
 
 

@@ -21,7 +21,7 @@ from sparseformer_jax.training.checkpoint import Checkpoints, Meta
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
 from sparseformer_jax.training.restore import restore_train_state, saved_form
 from sparseformer_jax.training.state import ModelDef, abstract_state
-from sparseformer_jax.training.step import make_train_step
+from sparseformer_jax.training.step import _sparsity_key, make_train_step
 from tests.model.harness import assert_close
 from tests.training.steps import packed_batch, train
 
@@ -318,4 +318,16 @@ def test_layers_of_two_kinds_see_their_own_weights():
             model = dense_def.model(dense_def.from_layers(layers), {}, step)
             return model.features(inputs).hidden
 
-        assert_close(run(params, variables, key), run_dense(params, key), 1e-6)
+        found = run(params, variables, key)
+        assert_close(found, run_dense(params, key), 1e-6)
+        assert not np.allclose(run(params, variables, jax.random.key(6)), found, rtol=1e-3)
+
+
+def test_every_step_draws_noise_of_its_own():
+    """None that dropout draws, in that step or in any other."""
+    model_def = ModelDef(config_of("maskllm"))
+    steps = jnp.arange(8)
+    own = jax.vmap(lambda step: _sparsity_key(model_def, step))(steps)
+    others = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(model_def.config.seed), steps)
+    drawn = jax.random.key_data(jnp.concatenate([own, others]))
+    assert len(np.unique(drawn, axis=0)) == 16

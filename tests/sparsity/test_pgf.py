@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from sparseformer_jax import mesh, presets, registry
+from sparseformer_jax import presets, registry
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.config import validate
 from sparseformer_jax.sparsity import nm, pgf
 from sparseformer_jax.sparsity.base import Target
 from sparseformer_jax.sparsity.nm import Pattern
-from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
-from sparseformer_jax.training.state import ModelDef, abstract_state
-from sparseformer_jax.training.step import make_train_step
+from sparseformer_jax.training.optimizer import make_optimizer
+from sparseformer_jax.training.weight_sparsity import _reset
 
 TARGET = Target(Pattern(1, 4), -2, 2)
 
@@ -139,28 +139,24 @@ def test_mistakes(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_moments_are_reset_beside_muon_and_frozen_weights():
-    """The optimiser's state keeps its structure where it holds moments of some weights only."""
-    config = presets.baseline("tiny")
-    config.train.accumulation_steps = 1
-    config.train.trainable = "attention"
-    config.optimizer.name = "muon"
-    config.sparsity = registry.method_config(
-        "sparsity", "pgf", moments="reset", targets=("all=2:4",)
-    )
-    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
-        model_def = ModelDef(config)
-        params = {name: model_def.params[name] for name in model_def.trainable()}
-        optimizer = make_optimizer(config.optimizer, 10, params)
-        state = abstract_state(model_def, optimizer, jax.sharding.get_mesh())
-        step = make_train_step(model_def, optimizer, make_schedule(config.optimizer, 10))
-        sharding = jax.NamedSharding(jax.sharding.get_mesh(), mesh.spec(None, "batch", "seq"))
-        batch = {
-            name: jax.ShapeDtypeStruct((1, 2, 16), dtype, sharding=sharding)
-            for name, dtype in (
-                ("inputs", jnp.int32), ("targets", jnp.int32), ("positions", jnp.int32),
-                ("segment_ids", jnp.int32), ("weights", jnp.float32),
-            )
-        }  # fmt: skip
-        new, _ = jax.eval_shape(step, state, batch)
-    assert jax.tree.structure(new.opt_state) == jax.tree.structure(state.opt_state)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_are_reset_beside_those_of_others(name):
+    """An optimiser that holds those of some weights only keeps the form of its state."""
+    settings = presets.baseline("tiny").optimizer
+    settings.name = name
+    variables = {
+        "up/kernel": nnx.Param(jnp.ones((4, 6)), axes=("embed", "mlp"), in_dims=1),
+        "norm/scale": nnx.Param(jnp.ones(4), axes=(None,)),
+    }
+    params = {name: x[...] for name, x in variables.items()}
+    state = make_optimizer(settings, 10, variables).init(params)
+    state = jax.tree.map(jnp.ones_like, state)
+    changed = jnp.asarray(np.random.default_rng(0).random((4, 6)) < 0.5)
+    known = (*params, "frozen/kernel")
+    new = _reset(state, known, {"up/kernel": changed, "frozen/kernel": changed})
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    moments = [x for x in jax.tree.leaves(new) if x.shape == changed.shape]
+    assert len(moments) == {"adamw": 2, "muon": 1}[name]
+    for moment in moments:
+        np.testing.assert_array_equal(moment, ~changed)
+    assert sum(jnp.sum(x == 0) for x in jax.tree.leaves(new)) == len(moments) * changed.sum()
