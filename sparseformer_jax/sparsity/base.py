@@ -83,6 +83,11 @@ class WeightSparsity:
         return ""
 
     @property
+    def keeps_prior(self) -> bool:
+        """Whether masks stay those of that run, which then must be of the targets' patterns."""
+        return False
+
+    @property
     def resets_moments(self) -> bool:
         """Whether the optimiser forgets its moments of an entry that a mask takes or drops."""
         return False

@@ -50,6 +50,11 @@ class Method(WeightSparsity):
         """The run whose masks these are."""
         return self.options.prior
 
+    @property
+    def keeps_prior(self) -> bool:
+        """True: nothing moves them."""
+        return True
+
     def init(self, weight: Any, target: Target, key: Any, prior: Any) -> State:
         """Returns the given mask, or that of the largest weights."""
         if prior is not None:

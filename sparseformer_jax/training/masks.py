@@ -1,13 +1,18 @@
 """Masks of other runs, from which sparsity starts."""
 
+import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sparseformer_jax import config as config_lib
 from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.sparsity import nm
+from sparseformer_jax.sparsity.base import Target
 from sparseformer_jax.training.checkpoint import Checkpoints
 from sparseformer_jax.training.restore import differences, restore_state
 from sparseformer_jax.training.state import ModelDef
@@ -44,7 +49,8 @@ def priors(model_def: ModelDef) -> dict[str, Any]:
     """Returns the masks that a config's sparsity starts from, by the names of stacked weights.
 
     Raises:
-      ConfigError: `sparsity.prior` names no run with masks of all these weights.
+      ConfigError: `sparsity.prior` names no run with masks of all these weights, or masks that
+        are to stay are not of their patterns.
     """
     source = model_def.sparsity.prior_run
     if not source:
@@ -61,4 +67,26 @@ def priors(model_def: ModelDef) -> dict[str, Any]:
     masks = {name: kept for name, kept in masks.items() if name in wanted}
     if wrong := differences(masks, wanted):
         raise ConfigError(f"sparsity.prior={source!r}: does not fit the model: {wrong}")
-    return model_def.from_layers(masks)
+    stacked = model_def.from_layers(masks)
+    if model_def.sparsity.keeps_prior:
+        _check_patterns(model_def, stacked)
+    return stacked
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _holds(kept: jax.Array, target: Target) -> jax.Array:
+    assert target.pattern is not None
+    grouped = nm.groups(kept, target.pattern.m, target.axis)
+    return jnp.all(jnp.sum(grouped, axis=target.axis) == target.pattern.n)
+
+
+def _check_patterns(model_def: ModelDef, masks: Mapping[str, jax.Array]) -> None:
+    """Refuses masks that do not keep n of every m, where a target says so."""
+    for name, kept in masks.items():
+        target = model_def.targets[name]
+        if target.pattern is not None and not _holds(kept, target):
+            source, weight = model_def.sparsity.prior_run, model_def.names.of(name)[0]
+            raise ConfigError(
+                f"sparsity.prior={source!r}: its mask of {weight} is not {target.pattern}, which "
+                "sparsity.targets asks for; leave the pattern out to take masks as they are"
+            )

@@ -87,7 +87,7 @@ def test_a_given_mask_replaces_that_of_the_run_it_starts_from(saved, tmp_path):
     config = config_of("fixed", targets=("mlp/up",))
     config.init_from = f"{tmp_path}/start"
     state, _ = first_state(ModelDef(config), optax.identity(), jax.random.key(0))
-    other = saved(config_of("fixed", targets=("all=1:4",)), "masks")
+    other = saved(config_of("fixed", targets=("all",)), "masks")
     config.sparsity.prior = f"{tmp_path}/masks"
     model_def = ModelDef(config)
     replaced, _ = first_state(model_def, optax.identity(), jax.random.key(0))
@@ -122,6 +122,20 @@ def test_what_is_no_prior_is_one_line(saved, tmp_path):
 
     message = r"misshapen: layers/0/mlp/.*/kernel is bool\[.*128.*\] instead of bool\[64, 64\]"
     refused("source", ("ff=2:4",), message, narrow)
+
+
+def test_a_prior_that_stays_is_of_the_pattern(saved, tmp_path):
+    """What learned masks start from may be of any."""
+    saved(config_of("maskllm", targets=("mlp/up=1:4",)), "source")
+    source = {"prior": f"{tmp_path}/source", "targets": ("mlp/up=2:4",)}
+    with pytest.raises(ConfigError) as error:
+        priors(ModelDef(config_of("fixed", **source)))
+    assert str(error.value) == (
+        f"sparsity.prior='{tmp_path}/source': its mask of layers/0/mlp/up/kernel is not 2:4, which "
+        "sparsity.targets asks for; leave the pattern out to take masks as they are"
+    )
+    for name, targets in (("fixed", "mlp/up=1:4"), ("fixed", "mlp/up"), ("maskllm", "mlp/up=2:4")):
+        assert priors(ModelDef(config_of(name, **source | {"targets": (targets,)})))
 
 
 def test_magnitude_is_the_prior_where_none_is_given():
