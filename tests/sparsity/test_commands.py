@@ -14,6 +14,8 @@ from sparseformer_jax.pretrained.__main__ import main as pretrained
 from sparseformer_jax.pretrained.mask_files import read_masks
 from sparseformer_jax.sparsity import report, workdirs
 from sparseformer_jax.sparsity.__main__ import main
+from sparseformer_jax.training.init_from import first_state
+from sparseformer_jax.training.optimizer import make_optimizer
 from sparseformer_jax.training.restore import restore_state
 from sparseformer_jax.training.state import ModelDef
 from tests.pretrained.files import write_folder
@@ -111,6 +113,28 @@ def test_baked_zeros_give_the_same_logits(dense, magnitude, tmp_path):
     found = logits(magnitude, tokens)
     np.testing.assert_array_equal(found, logits(tmp_path / "baked", tokens))
     assert np.abs(found - logits(dense, tokens)).max() > 0.1
+
+
+def test_a_run_starts_from_masks_and_a_dense_one_does_not(dense, magnitude):
+    config = command.saved(str(dense))
+    config.init_from = str(magnitude)
+    with jax.set_mesh(mesh.make_mesh({}, jax.local_devices()[:1])):
+        with pytest.raises(ConfigError, match="left over: layers/0/.*/mask"):
+            first(config)
+        config.sparsity = registry.method_config("sparsity", "fixed", targets=("ff",))
+        with pytest.raises(ConfigError, match="left over: layers/0/attention/.*/mask"):
+            first(config)
+        config.sparsity.targets = ("all",)
+        model_def, state = first(config)
+        found = model_def.to_layers(state.variables)
+    same(found, checkpoint(magnitude).variables)
+
+
+def first(config):
+    """A model, and its state before the first step."""
+    model_def = ModelDef(config)
+    optimizer = make_optimizer(config.optimizer, 4, model_def.params)
+    return model_def, first_state(model_def, optimizer, jax.random.key(1))[0]
 
 
 def test_updated_weights_are_zero_where_dropped(dense, text, tmp_path):
