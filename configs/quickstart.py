@@ -25,7 +25,13 @@ ATTENTION = {
 
 SPARSITY = {
     "pgf": {"dense_steps": 200, "decay_steps": 1200},
-    "maskllm": {"schedule_steps": 2000, "weight_decay": 0.0, "regularizer": 0.0},
+    # Weights are not frozen: their masks must move slowly.
+    "maskllm": {
+        "schedule_steps": 2000,
+        "learning_rate_multiplier": 0.03,
+        "weight_decay": 0.0,
+        "regularizer": 0.0,
+    },
 }
 
 
