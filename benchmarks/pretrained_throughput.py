@@ -118,7 +118,7 @@ def theirs(folder: Path, ids: np.ndarray) -> Iterator[tuple[str, float]]:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = torch.tensor(ids)
+    inputs = torch.tensor(ids, dtype=torch.long)
 
     def seconds(function: Any) -> float:
         start = time.perf_counter()
