@@ -15,8 +15,6 @@ is wider or narrower. A config of its own, too:
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,9 @@ from ml_collections import ConfigDict
 
 from sparseformer_jax import default_config, registry
 from sparseformer_jax.checks import check_choice
+
+sys.path.insert(0, str(Path(__file__).parent))
+import children
 
 ROOT = Path(__file__).parents[1]
 SPAN = 64
@@ -105,21 +106,14 @@ def train(config: str, books: str, workdir: Path, seed: int) -> dict[str, Any]:
     """
     command = [sys.executable, str(ROOT / "train.py"), f"--config={config}", f"--workdir={workdir}"]
     command += [f"--config.data.files={books}", f"--config.seed={seed}"]
-    before = _child_seconds()
-    if code := subprocess.run(command).returncode:
-        sys.exit(code)
+    cpu_seconds, _ = children.run(command)
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     evaluation = [line for line in lines if "eval/bits_per_byte" in line][-1]
     return {
         "bits_per_byte": evaluation["eval/bits_per_byte"],
         "density": evaluation["eval/density"],
-        "cpu_seconds": _child_seconds() - before,
+        "cpu_seconds": cpu_seconds,
     }
-
-
-def _child_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -133,8 +133,10 @@ def _sparsity(config: ConfigDict, model_def: ModelDef) -> str:
         text += (
             f", {shown}, {kept / total:.3f} kept; all steps cost {share:.3f} of a dense run's FLOPs"
         )
-    layer = max(math.prod(model_def.layer_shape(name)) for name in model_def.targets)
-    return f"{text}; the largest of a layer has {units.count(layer)}\n"
+    in_layer = sum(math.prod(model_def.layer_shape(name)) for name in model_def.targets)
+    layers = len({model_def.names.of(name)[0].split("/")[1] for name in model_def.targets})
+    masks = model_def.sparsity.mask_itemsize * in_layer // layers
+    return f"{text}; masks of one layer at a time, {units.size(masks)}\n"
 
 
 def training_flops(config: ConfigDict, model_def: ModelDef, *, dense: bool = False) -> float:

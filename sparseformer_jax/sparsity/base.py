@@ -72,10 +72,12 @@ class WeightSparsity:
       variables: its state by name, with the type of each variable: an `nnx.Param` is trained by
         gradients. An array of state has the weight's dimensions, shorter where entries share a
         number, and may have more in front of them.
+      mask_itemsize: bytes an entry of a mask takes in training.
     """
 
     options: Any
     variables: ClassVar[Mapping[str, type[nnx.Variable]]] = {}
+    mask_itemsize: ClassVar[int] = 1
 
     @property
     def prior_run(self) -> str:

@@ -172,6 +172,7 @@ class Method(WeightSparsity):
     """MaskLLM."""
 
     variables = {"mask_logits": MaskLogits}
+    mask_itemsize = 4
 
     @property
     def prior_run(self) -> str:
