@@ -78,6 +78,9 @@ def shortened(shown: list[tuple[str, list[str]]], folder: Path) -> list[tuple[st
     for command, flags in shown:
         number = trainings if command == "train" else 0
         flags = [re.sub(r"--workdir=\S+", f"--workdir={folder}/run{number}", f) for f in flags]
+        # An imported model and what `prune` makes of it: the first run, and its magnitudes.
+        flags = [f.replace("=/tmp/model", f"={folder}/run0") for f in flags]
+        flags = [f for f in flags if f != "--config.sparsity.prior=/tmp/pruned"]
         flags = [re.sub(r"=/tmp/(\w+\.json|retrieval)$", rf"={folder}/\1", f) for f in flags]
         flags = [
             re.sub(r"/data/|(?<==|,)(?=book\.txt|notes\.txt|tokenizer)", f"{folder}/", f)
