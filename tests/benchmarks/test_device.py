@@ -157,6 +157,7 @@ def test_steps_bring_what_they_need(device):
     assert all(f"\ndef {name}(" in source for name in functions)
 
 
+@pytest.mark.exhaustive
 def test_real_steps_on_a_cpu(device, tmp_path, capsys):
     """A measurement, and one that cannot run here."""
     only = "--only=machine|check (mosaic_gpu|xla)$"

@@ -87,7 +87,7 @@ INTERPRETED_CASES = {
 
 @pytest.mark.parametrize("name", INTERPRETED_CASES)
 @pytest.mark.usefixtures("no_races")
-@pytest.mark.representative("segments, soft cap*", "heads of a group*")
+@pytest.mark.representative("segments, soft cap*")
 def test_interpreted_kernels_agree_with_reference(name, monkeypatch):
     """All of them, rings, barriers and lists included; only products are simulated.
 

@@ -255,8 +255,8 @@ def test_band_and_gathered_stripes(name):
     assert_agrees(call, kernel_cases.results(in_parts, call))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["heads", "segments"])
-@pytest.mark.representative("segments")
 def test_stripes_of_the_heads_of_a_device(name):
     """Which heads these are is traced there; the stripes are gathered all the same."""
     first = 2
