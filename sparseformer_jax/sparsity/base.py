@@ -86,7 +86,12 @@ class WeightSparsity:
 
     @property
     def keeps_prior(self) -> bool:
-        """Whether masks stay those of that run, which then must be of the targets' patterns."""
+        """Whether masks stay those of another run, which then must be of the targets' patterns."""
+        return False
+
+    @property
+    def follows_weights(self) -> bool:
+        """Whether weights and step say all of the state, so that another run's is not taken."""
         return False
 
     @property

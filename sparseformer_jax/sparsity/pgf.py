@@ -213,6 +213,11 @@ class Method(WeightSparsity):
     variables = {"mask": Mask}
 
     @property
+    def follows_weights(self) -> bool:
+        """True: the phase of the step chooses the masks."""
+        return True
+
+    @property
     def resets_moments(self) -> bool:
         """As the option `moments` says."""
         return self.options.moments == "reset"

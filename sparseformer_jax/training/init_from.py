@@ -14,7 +14,7 @@ from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.sparsity.targets import KERNEL
 from sparseformer_jax.training import weight_sparsity
 from sparseformer_jax.training.checkpoint import Checkpoints
-from sparseformer_jax.training.masks import priors, split_source
+from sparseformer_jax.training.masks import check_patterns, priors, split_source
 from sparseformer_jax.training.restore import Stored, differences, first_names
 from sparseformer_jax.training.state import ModelDef, Params, TrainState, init_state, new_state
 
@@ -33,7 +33,8 @@ def first_state(
 
     Raises:
       ConfigError: there is no such checkpoint, anything else is missing, left over or of
-        another shape, or weights are to have masks that nothing gives.
+        another shape, weights are to have masks that nothing gives, or masks that stay are not
+        of their patterns.
     """
     config = model_def.config
     source = config.init_from
@@ -57,12 +58,19 @@ def first_state(
         note += f"; of {' and '.join(names)} itself, initialised: {first_names(new)}"
     if others:
         note += f"; they were trained with other settings: {'; '.join(others)}"
+    method = model_def.sparsity
     masked = [
         name
         for name in model_def.targets
-        if name in given or not set(new).isdisjoint(_state_of(model_def, name))
+        if name in given
+        or method.follows_weights
+        or not set(new).isdisjoint(_state_of(model_def, name))
     ]
     _check_given(model_def, masked, given)
+    if method.keeps_prior:
+        masks = model_def.masks({**params, **variables})
+        taken = {name: kept for name, kept in masks.items() if name not in masked}
+        check_patterns(model_def, taken, f"init_from={source!r}")
 
     def start(params: Params, variables: Params, priors: Params) -> TrainState:
         started = weight_sparsity.start(model_def, params, variables, key, priors, masked)

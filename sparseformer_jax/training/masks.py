@@ -69,7 +69,7 @@ def priors(model_def: ModelDef) -> dict[str, Any]:
         raise ConfigError(f"sparsity.prior={source!r}: does not fit the model: {wrong}")
     stacked = model_def.from_layers(masks)
     if model_def.sparsity.keeps_prior:
-        _check_patterns(model_def, stacked)
+        check_patterns(model_def, stacked, f"sparsity.prior={source!r}")
     return stacked
 
 
@@ -80,13 +80,22 @@ def _holds(kept: jax.Array, target: Target) -> jax.Array:
     return jnp.all(jnp.sum(grouped, axis=target.axis) == target.pattern.n)
 
 
-def _check_patterns(model_def: ModelDef, masks: Mapping[str, jax.Array]) -> None:
-    """Refuses masks that do not keep n of every m, where a target says so."""
+def check_patterns(model_def: ModelDef, masks: Mapping[str, jax.Array], source: str) -> None:
+    """Refuses masks that do not keep n of every m, where a target says so.
+
+    Args:
+      model_def: of the model.
+      masks: by the names of stacked weights.
+      source: the setting that they come from, with its value.
+
+    Raises:
+      ConfigError: one does not.
+    """
     for name, kept in masks.items():
         target = model_def.targets[name]
         if target.pattern is not None and not _holds(kept, target):
-            source, weight = model_def.sparsity.prior_run, model_def.names.of(name)[0]
+            weight = model_def.names.of(name)[0]
             raise ConfigError(
-                f"sparsity.prior={source!r}: its mask of {weight} is not {target.pattern}, which "
+                f"{source}: its mask of {weight} is not {target.pattern}, which "
                 "sparsity.targets asks for; leave the pattern out to take masks as they are"
             )

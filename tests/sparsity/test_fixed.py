@@ -138,6 +138,20 @@ def test_a_prior_that_stays_is_of_the_pattern(saved, tmp_path):
         assert priors(ModelDef(config_of(name, **source | {"targets": (targets,)})))
 
 
+def test_masks_of_the_run_it_starts_from_are_of_the_pattern(saved, tmp_path):
+    """Those that stay; what follows from weights and step is made anew."""
+    saved(config_of("fixed", targets=("mlp/up",)), "start")
+    config = config_of("fixed", targets=("mlp/up=2:4",))
+    config.init_from = f"{tmp_path}/start"
+    with pytest.raises(ConfigError, match=r"^init_from='.*layers/0/mlp/up/kernel is not 2:4,"):
+        first_state(ModelDef(config), optax.identity(), jax.random.key(0))
+    config.sparsity = registry.method_config("sparsity", "pgf", targets=("mlp/up=2:4",))
+    model_def = ModelDef(config)
+    state, _ = first_state(model_def, optax.identity(), jax.random.key(0))
+    ((name, kept),) = model_def.masks({**state.params, **state.variables}).items()
+    np.testing.assert_array_equal(kept, nm.mask(jnp.abs(state.params[name]), 2, 4, -2))
+
+
 def test_magnitude_is_the_prior_where_none_is_given():
     weight = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6)), jnp.float32)
     method = fixed.Method(fixed.Options())
