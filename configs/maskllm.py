@@ -18,13 +18,16 @@ smollm2: SmolLM2-135M, in batches that two CPU cores can train on; gemma3: Gemma
 from ml_collections import ConfigDict
 
 from sparseformer_jax import presets, registry
+from sparseformer_jax.checks import check_choice
 
 ONLY_MASKS = "/mask_logits$"
+_SIZES = ("tiny", "small", "paper", "pretrained")
 _ON_CPU = ("smollm2", "gemma3")
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
     """Returns MaskLLM at a size: "tiny", "small", "paper", "pretrained", "smollm2" or "gemma3"."""
+    check_choice("config argument", size, (*_SIZES, *_ON_CPU))
     config = presets.baseline("pretrained" if size in _ON_CPU else size)
     config.sparsity = registry.method_config("sparsity", "maskllm")
     config.train.trainable = "all" if size == "tiny" else ONLY_MASKS

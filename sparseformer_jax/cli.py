@@ -189,7 +189,7 @@ def _train(own: flags.FlagValues, argv: list[str]) -> None:
 
 def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
     command.require(own, argv, "workdir")
-    config = config_flags.load(own.config) if own.config else command.saved(own.workdir)
+    config = command.chosen(own)
     command.override(config, own, argv)
     if own.split:
         config.eval.split = own.split
@@ -215,7 +215,7 @@ def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
 
 def _sample(own: flags.FlagValues, argv: list[str]) -> None:
     command.require(own, argv, "workdir")
-    config = config_flags.load(own.config) if own.config else command.saved(own.workdir)
+    config = command.chosen(own)
     command.override(config, own, argv)
     command.start_jax(own)
     command.validate(config)
@@ -267,7 +267,7 @@ def _plot(own: flags.FlagValues, argv: list[str]) -> None:
 def _retrieve(own: flags.FlagValues, argv: list[str]) -> None:
     command.require(own, argv, "workdir")
     command.require(own, argv, "output")
-    config = config_flags.load(own.config) if own.config else command.saved(own.workdir)
+    config = command.chosen(own)
     command.override(config, own, argv)
     command.start_jax(own)
     command.validate(config)

@@ -108,6 +108,20 @@ def inherit(config: ConfigDict) -> bool:
     return True
 
 
+def chosen(own: flags.FlagValues) -> ConfigDict:
+    """Returns the config that `--config` names, or else that which training wrote.
+
+    Raises:
+      ConfigError: there is none, or it is damaged.
+    """
+    if own.config:
+        return config_flags.load(own.config)
+    try:
+        return saved(own.workdir)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or pass --config") from None
+
+
 def saved(workdir: str, field: str = "--workdir") -> ConfigDict:
     """Returns the config that training wrote into a workdir.
 
@@ -118,14 +132,11 @@ def saved(workdir: str, field: str = "--workdir") -> ConfigDict:
 
     file = pathlib.Path(workdir) / "config.json"
     if not file.is_file():
-        fix = "; pass --config" if field == "--workdir" else ""
-        raise ConfigError(f"{field}={workdir}: has no config.json{fix}")
+        raise ConfigError(f"{field}={workdir}: has no config.json; name the folder of a run")
     try:
         return completed(from_json(file.read_bytes()))
     except ValueError as error:
-        raise ConfigError(
-            f"{file}: {error}; pass --config, or train on: it is written anew"
-        ) from None
+        raise ConfigError(f"{file}: {error}; train on: it is written anew") from None
 
 
 def _check_devices() -> None:

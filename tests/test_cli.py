@@ -282,7 +282,7 @@ def test_a_mistyped_flag_is_told_before_the_one_that_is_missing(capsys, command)
 
 def test_evaluate_tells_mistakes(calls, capsys, tmp_path):
     message = mistake(capsys, f"--workdir={tmp_path}", command=cli.evaluate)
-    assert message.endswith("has no config.json; pass --config")
+    assert message.endswith("has no config.json; name the folder of a run; or pass --config")
     argv = [f"--workdir={tmp_path}", DEFAULT, "--split=tset"]
     message = mistake(capsys, *argv, command=cli.evaluate)
     assert message.endswith("did you mean test?")

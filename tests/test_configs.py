@@ -49,7 +49,10 @@ def test_a_run_may_start_from_a_pretrained_model(method, tmp_path):
     assert config.attention.name == ("masformer" if is_own else method)
     config.init_from = "absent"
     config.init_settings = True
-    with pytest.raises(ConfigError, match=r"--config.init_from=absent: has no config.json$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--config.init_from=absent: has no config.json; name the folder of a run$",
+    ):
         command.inherit(config)
 
 

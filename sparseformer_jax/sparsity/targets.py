@@ -90,7 +90,7 @@ def choose(
         found = [name for name in variables if choice.expression.search(name)]
         found = [name for name in found if issubclass(variables[name].type, nnx.Param)]
         if not found:
-            kernels = [name for name in variables if name.endswith(f"/{KERNEL}")]
+            kernels = [name for name in variables if re.match(rf"layers/0/.*/{KERNEL}$", name)]
             raise ConfigError(
                 f"sparsity.targets={choice.text!r}: matches no weight"
                 f"{suggest(choice.text.rpartition('=')[0], (*GROUPS, *kernels))}"

@@ -83,7 +83,14 @@ def evaluated_differently(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
 
     Text is left out, which its fingerprint tells, and so is the split.
     """
-    keys = ("model.", "attention.", "data.", "eval.batch_size", "eval.num_batches")
+    keys = (
+        "model.",
+        "attention.",
+        "sparsity.targets",
+        "data.",
+        "eval.batch_size",
+        "eval.num_batches",
+    )
     irrelevant = _HARMLESS | _TEXT
     return {
         key: change

@@ -49,9 +49,13 @@ def test_what_makes_another_evaluation():
     new.train.num_steps, new.mesh.fsdp, new.eval.every, new.data.prefetch = 5, 2, 3, 1
     new.data.files = ("moved",)  # the fingerprint tells whether it is other text
     assert evaluated_differently(old, new) == {}
+    new.sparsity.init_std = 0.1  # of the start alone
+    assert evaluated_differently(old, new) == {}
     new.attention.block_size, new.eval.num_batches, new.data.seq_len = 8, 0, 64
+    new.sparsity.targets = ("ff=3:4",)
     assert evaluated_differently(old, new) == {
         "attention.block_size": "absent -> 8",
         "eval.num_batches": "16 -> 0",
         "data.seq_len": "512 -> 64",
+        "sparsity.targets": "absent -> ('ff=3:4',)",
     }

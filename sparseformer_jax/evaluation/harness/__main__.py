@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from sparseformer_jax import command, config_flags
+from sparseformer_jax import command
 from sparseformer_jax.checks import ConfigError
 
 _USAGE = """\
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(own: flags.FlagValues, argv: list[str]) -> None:
     for name in ("workdir", "tasks"):
         command.require(own, argv, name)
-    config = config_flags.load(own.config) if own.config else command.saved(own.workdir)
+    config = command.chosen(own)
     command.override(config, own, argv)
     if own.limit is not None and own.limit <= 0:
         raise ConfigError(f"--limit={own.limit:g}: must be above 0; leave it out for all")
