@@ -39,8 +39,8 @@ m along what a product sums over, or the kept fraction. What comes next:
   python -m sparseformer_jax.evaluation.windows --workdir=/tmp/sparse --files=test.txt
   python -m sparseformer_jax.sparsity report --workdir=/tmp/sparse
 
-and configs/fixed.py:pretrained with --config.init_from=/tmp/sparse trains what is kept, for a
-fraction with --config.sparsity.targets=all, too.
+and configs/fixed.py:pretrained with --config.init_from=/tmp/sparse trains what is kept, where that
+is not 2:4 of all projections with --config.sparsity.targets=all, or those pruned, as in --targets.
 --config.data.* say what text is read; the new run keeps the config of the old one.
 """
 
