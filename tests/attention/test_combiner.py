@@ -223,6 +223,7 @@ def test_empty_spans_as_released_need_whole_rows_of_one_document():
         attention(jnp.ones((1, 7, 20)), jnp.arange(7)[None], None)
 
 
+@pytest.mark.exhaustive
 def test_the_docstring_has_an_example_that_runs():
     lines = combiner.__doc__.split("\n\n    config = ")[1].split("\n\n")[0]
     names = {"ModelConfig": ModelConfig, "combiner": combiner, "nnx": nnx, "jnp": jnp}

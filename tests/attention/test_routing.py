@@ -462,6 +462,7 @@ def test_options_that_do_not_fit_are_refused(options, changes, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.exhaustive
 def test_the_example_of_the_docstring_runs():
     names = {"nnx": nnx, "jnp": jnp, "ModelConfig": ModelConfig}
     example = doctest.DocTestParser().get_doctest(

@@ -8,6 +8,7 @@ from sparseformer_jax.evaluation.perplexity import evaluate_checkpoint
 from sparseformer_jax.training import loop
 
 
+@pytest.mark.exhaustive
 def test_one_file_trains_and_evaluates(tmp_path, capfd):
     book = tmp_path / "book.txt"
     book.write_text("".join(f"Line {i} of a short book.\n" for i in range(1000)))

@@ -117,6 +117,7 @@ def test_scanned_kinds_are_the_layers_one_after_another(model):
     assert_close(scanned, by_hand(model), 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_gradients_recomputed_on_a_mesh_are_those_of_one_device(model):
     expected = loss_and_gradients(model, TOKENS)
     with jax.set_mesh(mesh.make_mesh({"data": 2, "tensor": 2, "context": 2})):

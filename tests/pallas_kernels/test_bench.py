@@ -120,6 +120,7 @@ def test_a_repeated_pass_holds_one_result_beside_the_next():
     assert (Result.alive, Result.most) == (0, 2)
 
 
+@pytest.mark.exhaustive
 def test_command(tmp_path, capsys):
     sizes = "--lengths 128 --densities 0.5 1 --head-dims 16 --heads 4 --kv-heads 2"
     methods = "--implementations auto pallas_tpu --baselines jax.nn cudnn"
