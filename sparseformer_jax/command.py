@@ -5,13 +5,13 @@ import pathlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from sparseformer_jax import config_flags
-from sparseformer_jax.checks import ConfigError, NonFiniteError, suggest
+from sparseformer_jax.checks import ConfigError, NonFiniteError, check_choice, suggest
 
 CONFIG_HELP = """\
   --config.KEY=VALUE         override a key, e.g. --config.train.num_steps=500
@@ -64,6 +64,25 @@ def run(
             raise
         print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def run_one_of(
+    commands: Mapping[str, Callable[[Sequence[str]], None]], usage: str, argv: Sequence[str]
+) -> None:
+    """Runs the command that the first argument names; without one, or with --help, tells of all.
+
+    A user's mistake ends the process with one line on stderr and exit code 2.
+    """
+
+    def unknown(own: flags.FlagValues, argv: list[str]) -> None:
+        check_choice("command", argv[1], tuple(commands))
+
+    program, *arguments = argv
+    name = arguments[0] if arguments else "--help"
+    if name in commands:
+        commands[name]([f"{program} {name}", *arguments[1:]])
+    else:
+        run(unknown, new_flags(), usage, [program, name])
 
 
 def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:

@@ -4,7 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 300
@@ -44,3 +48,13 @@ def run(commands: list[tuple[str, list[str]]], **env: str) -> list[tuple[int, li
     assert rest.partition("\n")[2] == "", "nothing is said when the process ends"
     assert process.returncode == 0, process.stderr
     return list(zip(codes, (text.splitlines() for text in texts), strict=True))
+
+
+def mistake(command: Callable[..., None], capsys: pytest.CaptureFixture, *arguments: Any) -> str:
+    """Returns the one line with which a command of this process ends, and exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        command(*arguments)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line

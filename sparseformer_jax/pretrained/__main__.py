@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from sparseformer_jax import command
-from sparseformer_jax.checks import ConfigError, check_choice
+from sparseformer_jax.checks import ConfigError
 
 _USAGE = """\
 Pretrained models in and out, without network and without pickles.
@@ -54,16 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     A user's mistake ends the process with one line on stderr and exit code 2.
     """
-    program, *arguments = sys.argv if argv is None else argv
-    name = arguments[0] if arguments else "--help"
-    if name in _COMMANDS:
-        _COMMANDS[name]([f"{program} {name}", *arguments[1:]])
-    else:
-        command.run(_unknown, command.new_flags(), _USAGE, [program, name])
-
-
-def _unknown(own: flags.FlagValues, argv: list[str]) -> None:
-    check_choice("command", argv[1], tuple(_COMMANDS))
+    command.run_one_of(_COMMANDS, _USAGE, sys.argv if argv is None else argv)
 
 
 def _import(argv: Sequence[str]) -> None:

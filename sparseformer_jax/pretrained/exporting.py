@@ -22,7 +22,6 @@ from sparseformer_jax.pretrained.packages import optional
 from sparseformer_jax.pretrained.safetensors import INDEX_FILE, SINGLE_FILE
 from sparseformer_jax.pretrained.tables import Architecture, Entry
 from sparseformer_jax.sparsity.nm import Pattern
-from sparseformer_jax.sparsity.targets import KERNEL
 from sparseformer_jax.training.restore import restore_state
 from sparseformer_jax.training.state import ModelDef, TrainState
 
@@ -127,11 +126,7 @@ def _weights(model_def: ModelDef, state: TrainState, architecture: Architecture)
     What makes masks of sparse weights has none: they come as their hard masks.
     """
     masks = jax.jit(model_def.masks)({**state.params, **state.variables})
-    makers = {
-        f"{name.removesuffix(KERNEL)}{own}"
-        for name in masks
-        for own in model_def.sparsity.variables
-    }
+    makers = {path for name in masks for path in model_def.sparsity.state_names(name).values()}
     weights = []
     for name in [name for name in state.params if name not in makers]:
         layers = model_def.names.of(name)

@@ -79,6 +79,11 @@ class WeightSparsity:
     variables: ClassVar[Mapping[str, type[nnx.Variable]]] = {}
     mask_itemsize: ClassVar[int] = 1
 
+    def state_names(self, weight: str) -> dict[str, str]:
+        """Returns where the state of a weight stands, "layers/7/mlp/up/mask", by its own names."""
+        module = weight.rpartition("/")[0]
+        return {own: f"{module}/{own}" for own in self.variables}
+
     @property
     def prior_run(self) -> str:
         """WORKDIR or WORKDIR:STEP of the run whose masks `init` is given; "": none."""

@@ -18,7 +18,6 @@ from sparseformer_jax.sparsity import calibration
 from sparseformer_jax.sparsity.base import Target, hard
 from sparseformer_jax.sparsity.nm import Pattern
 from sparseformer_jax.sparsity.one_shot import Recipe
-from sparseformer_jax.sparsity.targets import KERNEL
 from sparseformer_jax.training.checkpoint import Checkpoints, Meta
 from sparseformer_jax.training.restore import restore_layers
 from sparseformer_jax.training.state import ModelDef
@@ -76,10 +75,8 @@ class Checkpoint:
         """Yields name, weight and hard mask of each sparse weight, one after another."""
         method, values = self.model_def.sparsity, {**self.params, **self.variables}
         for name, target in self.targets.items():
-            path = name.removesuffix(KERNEL)
-            own = {
-                state: calibration.on_device(values[f"{path}{state}"]) for state in method.variables
-            }
+            paths = method.state_names(name)
+            own = {state: calibration.on_device(values[path]) for state, path in paths.items()}
             weight = calibration.on_device(values[name])
             yield name, weight, method.kept(weight, own, target)
 
@@ -139,7 +136,8 @@ def prune(
         chosen = tuple(f"{name}{own}" for name in targets)
         sparse.sparsity = registry.method_config("sparsity", "fixed", targets=chosen)
         with one_device():
-            names = list(_by_layer(ModelDef(sparse)))
+            sparse_def = ModelDef(sparse)
+            names = list(_by_layer(sparse_def))
         dense = read(config, workdir, step)
         samples = None
         if recipe.reads_inputs:
@@ -160,7 +158,8 @@ def prune(
                 params[name] = jax.device_put(weight, place)
             if mask is None:
                 continue
-            variables[f"{name.removesuffix(KERNEL)}mask"] = jax.device_put(mask, place)
+            path = sparse_def.sparsity.state_names(name)["mask"]
+            variables[path] = jax.device_put(mask, place)
             kept, total = kept + int(mask.sum()), total + mask.size
         _write(folder, out, sparse, dense.step, params, variables)
     return (

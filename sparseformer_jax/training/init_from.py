@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from sparseformer_jax import config as config_lib
 from sparseformer_jax import registry
 from sparseformer_jax.checks import ConfigError
-from sparseformer_jax.sparsity.targets import KERNEL
 from sparseformer_jax.training import weight_sparsity
 from sparseformer_jax.training.checkpoint import Checkpoints
 from sparseformer_jax.training.masks import check_patterns, priors, split_source
@@ -51,7 +50,8 @@ def first_state(
         if step is None:
             raise ConfigError(f"init_from={source!r}: {workdir} holds no complete checkpoint")
         (params, variables), new = _load(model_def, Stored(checkpoints, step), key)
-        others = _other_settings(config_lib.from_json(checkpoints.meta(step).config), config)
+        other = config_lib.completed(config_lib.from_json(checkpoints.meta(step).config))
+    others = _other_settings(other, config)
     note = f"parameters start from step {step} of {workdir}"
     if new:
         names = [name for name in (config.attention.name, config.sparsity.name) if name != "none"]
@@ -67,6 +67,8 @@ def first_state(
         or not set(new).isdisjoint(_state_of(model_def, name))
     ]
     _check_given(model_def, masked, given)
+    if len(masked) < len(model_def.targets) and not method.keeps_prior:
+        _check_targets(other, config)
     if method.keeps_prior:
         masks = model_def.masks({**params, **variables})
         taken = {name: kept for name, kept in masks.items() if name not in masked}
@@ -90,10 +92,20 @@ def _check_given(model_def: ModelDef, names: Iterable[str], given: Mapping[str, 
             )
 
 
+def _check_targets(other: ConfigDict, config: ConfigDict) -> None:
+    """Refuses state of other patterns, whose arrays may have the same shapes: 1:4 and 3:4."""
+    theirs, ours = other.sparsity.targets, config.sparsity.targets
+    if theirs != ours:
+        raise ConfigError(
+            f"sparsity.targets={','.join(ours)!r}: init_from={config.init_from!r} has learned "
+            f"{','.join(theirs)!r}; take these, or start from its masks by sparsity.prior"
+        )
+
+
 def _state_of(model_def: ModelDef, name: str) -> list[str]:
     """The names by layer of a sparse weight's state."""
-    path = name.removesuffix(KERNEL)
-    return [n for own in model_def.sparsity.variables for n in model_def.names.of(f"{path}{own}")]
+    paths = model_def.sparsity.state_names(name).values()
+    return [layer for path in paths for layer in model_def.names.of(path)]
 
 
 def _other_settings(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -178,8 +178,7 @@ class ModelDef:
 
     def sparsity_state(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the state of a sparse weight, by its own names, out of the values of all."""
-        path = name.removesuffix(KERNEL)
-        return {own: values[f"{path}{own}"] for own in self.sparsity.variables}
+        return {own: values[path] for own, path in self.sparsity.state_names(name).items()}
 
     def masks(self, values: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Returns the hard masks of sparse weights, by the weights' names; True keeps.

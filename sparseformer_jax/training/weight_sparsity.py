@@ -35,9 +35,9 @@ def start(
     targets = model_def.targets if targets is None else targets
     if not targets:
         return params, variables
-    specs = {
-        f"{_module(n)}{own}": _spec(model_def, n, own) for n in targets for own in _own(model_def)
-    }
+    method = model_def.sparsity
+    paths = {name: method.state_names(name) for name in targets}
+    specs = {path: model_def.spec(path) for own in paths.values() for path in own.values()}
 
     def make(params: "Params", priors: Mapping[str, jax.Array], key: jax.Array) -> "Params":
         made: Params = {}
@@ -50,10 +50,10 @@ def start(
 
             def init(weight: Any, key: Any, prior: Any, name: str = name, path: str = path) -> Any:
                 target = model_def.targets[name]
-                return model_def.sparsity.init(weight, target, weight_key(key, path), prior)
+                return method.init(weight, target, weight_key(key, path), prior)
 
             state = jax.vmap(init)(params[name], keys, priors.get(name))
-            made |= {f"{_module(name)}{own}": value for own, value in state.items()}
+            made |= {paths[name][own]: value for own, value in state.items()}
         return made
 
     weights = {name: params[name] for name in targets}
@@ -95,7 +95,7 @@ def update(
             state = model_def.sparsity_state(name, values)
             before = old.get(name, params[name])
             weight, new = method.update(before, params[name], state, target, step, learning_rate)
-            values |= {f"{_module(name)}{own}": value for own, value in new.items()}
+            values |= {path: new[own] for own, path in method.state_names(name).items()}
             if name in old:
                 values[name] = weight
             if "mask" in state:
@@ -136,19 +136,6 @@ def _reset(
         }
 
     return map_named(zeroed, opt_state, names)
-
-
-def _own(model_def: "ModelDef") -> Collection[str]:
-    return model_def.sparsity.variables
-
-
-def _spec(model_def: "ModelDef", name: str, own: str) -> jax.sharding.PartitionSpec:
-    return model_def.spec(f"{_module(name)}{own}")
-
-
-def _module(name: str) -> str:
-    """The path of a weight's module, with the slash."""
-    return name.rpartition("/")[0] + "/"
 
 
 def _number(layer_name: str) -> int:

@@ -22,6 +22,7 @@ from sparseformer_jax.training.init_from import first_state
 from sparseformer_jax.training.optimizer import make_optimizer
 from sparseformer_jax.training.restore import Stored
 from sparseformer_jax.training.state import ModelDef
+from tests import commands
 from tests.pretrained.files import LLAMA, gguf_tensors, llama_tensors, write_folder, write_gguf
 
 
@@ -30,12 +31,7 @@ def run(*arguments):
 
 
 def mistake(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    return commands.mistake(run, capsys, *arguments)
 
 
 def config_of(workdir):

@@ -152,6 +152,19 @@ def test_masks_of_the_run_it_starts_from_are_of_the_pattern(saved, tmp_path):
     np.testing.assert_array_equal(kept, nm.mask(jnp.abs(state.params[name]), 2, 4, -2))
 
 
+def test_logits_of_other_patterns_are_refused(saved, tmp_path):
+    """Of 1:4 they have the shape of those of 3:4."""
+    saved(config_of("maskllm", targets=("mlp/up=1:4",)), "start")
+    config = config_of("maskllm", targets=("mlp/up=3:4",))
+    config.init_from = f"{tmp_path}/start"
+    with pytest.raises(
+        ConfigError, match=r"^sparsity.targets='mlp/up=3:4': .*learned 'mlp/up=1:4'"
+    ):
+        first_state(ModelDef(config), optax.identity(), jax.random.key(0))
+    config.sparsity.targets = ("mlp/up=1:4",)
+    first_state(ModelDef(config), optax.identity(), jax.random.key(0))
+
+
 def test_magnitude_is_the_prior_where_none_is_given():
     weight = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6)), jnp.float32)
     method = fixed.Method(fixed.Options())
