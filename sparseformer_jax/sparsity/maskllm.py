@@ -17,6 +17,8 @@ Logits start as a normal, to which a prior mask is added, of magnitude or of ano
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -144,23 +146,37 @@ def gumbel(key: Key[Array, ""], logits: Float[Array, "*L"]) -> Float[Array, "*L"
     return -jnp.log(-jnp.log(uniform))
 
 
-def soft_mask(probabilities: Float[Array, "*L"], target: Target) -> Float[Array, "*S"]:
+def soft_mask(probabilities: Sequence[Float[Array, "*G"]], target: Target) -> Float[Array, "*S"]:
     """Returns sum_c p_c S_c, of the weight's shape; each group adds up to n."""
-    table, front = _table(target), probabilities.ndim - target.ndim - 1
-    each = [jax.lax.index_in_dim(probabilities, c, front, False) for c in range(len(table))]
-    place = each[0].ndim + target.axis
+    table, place = _table(target), probabilities[0].ndim + target.axis
     entries = [
-        sum(x for x, row in zip(each, table, strict=True) if row[j]) for j in range(table.shape[1])
+        sum(x for x, row in zip(probabilities, table, strict=True) if row[j])
+        for j in range(table.shape[1])
     ]
     return nm.ungroup(jnp.stack(entries, axis=place + 1), target.axis)
 
 
-def likeliest(logits: Float[Array, "*L"], target: Target) -> Float[Array, "*L"]:
+def likeliest(logits: Sequence[Float[Array, "*G"]]) -> list[Float[Array, "*G"]]:
     """Returns 1 for the largest logit of each group, the first of equal ones, and 0 elsewhere."""
+    best = jnp.argmax(jnp.stack(logits), axis=0)
+    return [(best == c).astype(x.dtype) for c, x in enumerate(logits)]
+
+
+def by_candidate(logits: Float[Array, "*L"], target: Target) -> list[Float[Array, "*G"]]:
+    """Returns the logits of each candidate, of all layers there are."""
     front = logits.ndim - target.ndim - 1
-    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, front)
-    best = jnp.expand_dims(jnp.argmax(logits, axis=front), front)
-    return (index == best).astype(logits.dtype)
+    return [jax.lax.index_in_dim(logits, c, front, False) for c in range(logits.shape[front])]
+
+
+def _softmax(logits: Sequence[Float[Array, "*G"]]) -> list[Float[Array, "*G"]]:
+    """Softmax over a list: one pass over memory, where XLA makes several of an axis's reductions.
+
+    A step of SmolLM2 on two CPU cores makes its masks and their gradient in 1.5 s for 5.8 s.
+    """
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, logits))
+    terms = [jnp.exp(x - largest) for x in logits]
+    scale = 1 / functools.reduce(jnp.add, terms)
+    return [x * scale for x in terms]
 
 
 def _table(target: Target) -> np.ndarray:
@@ -208,14 +224,13 @@ class Method(WeightSparsity):
         """Returns what `apply` makes of the noise that it draws."""
         options = self.options
         kappa, tau = schedule(options, step)
-        front = logits.ndim - target.ndim - 1
-        scaled = (kappa * logits + noise) / tau
-        probabilities = jax.nn.softmax(scaled, axis=front)
-        confidence = jnp.mean(jnp.max(probabilities, axis=front))
+        scaled = by_candidate((kappa * logits + noise) / tau, target)
+        probabilities = _softmax(scaled)
+        confidence = jnp.mean(functools.reduce(jnp.maximum, probabilities))
         if options.straight_through:
             # Adds 0, and its gradient: masks are exact.
-            soft = probabilities - jax.lax.stop_gradient(probabilities)
-            probabilities = likeliest(scaled, target) + soft
+            soft = [x - jax.lax.stop_gradient(x) for x in probabilities]
+            probabilities = [x + own for x, own in zip(likeliest(scaled), soft, strict=True)]
         mask = soft_mask(probabilities, target)
         losses = {}
         if options.regularizer:
@@ -226,7 +241,7 @@ class Method(WeightSparsity):
 
     def kept(self, weight: Any, state: State, target: Target) -> Any:
         """Returns the likeliest candidates."""
-        return soft_mask(likeliest(state["mask_logits"], target), target) > 0.5
+        return soft_mask(likeliest(by_candidate(state["mask_logits"], target)), target) > 0.5
 
     def training_density(self, pattern: Pattern, steps: np.ndarray) -> np.ndarray:
         """Returns 1: soft masks drop nothing, and logits need the gradient of every weight."""
