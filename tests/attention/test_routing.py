@@ -249,7 +249,7 @@ def test_density_of_even_clusters(masks_self, num_tokens):
 
 @pytest.mark.parametrize("options", [{}, {"local_relative": 3}, {"selection": "paper"}], ids=str)
 @pytest.mark.parametrize(("num_queries", "offset"), [(1, 28), (1, 0), (7, 9), (14, 14)])
-@pytest.mark.representative("7-9-{}", "7-9-*paper*")
+@pytest.mark.representative("7-9-*paper*")
 def test_queries_at_an_offset(options, num_queries, offset):
     """As a device of a context shard, or a step of decoding, has them."""
     attention, num_tokens = make(options), 29

@@ -61,6 +61,7 @@ def expected():
 
 
 @pytest.mark.parametrize("change", ["pieces", "mesh"])
+@pytest.mark.representative("*-mesh")
 def test_state_depends_on_the_batch_alone(config, batch, expected, method, change):
     if method not in expected:
         expected[method] = run(config, {}, batch)
