@@ -50,8 +50,8 @@ def main() -> None:
     rows = ("dense", *ONE_SHOT, *LEARNED)
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW")
     parser.add_argument("--samples", type=int, default=32, help="windows of 1024 to calibrate")
-    parser.add_argument("--steps", type=int, default=400, help="of a learned mask")
-    parser.add_argument("--tokens", type=int, default=512, help="of a step")
+    parser.add_argument("--steps", type=int, default=480, help="of a learned mask")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a step")
     args, settings = parser.parse_known_args()
     print("| masks | tokens | text | books | CPU minutes |\n| --- | --- | --- | --- | --- |")
     for name in args.rows:
@@ -112,9 +112,10 @@ def learned(name: str, workdir: Path, args: argparse.Namespace, settings: list[s
     command += [f"--config.sparsity.prior={folder(LEARNED[name], args.workdir)}"]
     command += [f"--config.train.num_steps={args.steps}"]
     command += [f"--config.sparsity.schedule_steps={args.steps}"]
-    command += [f"--config.data.seq_len={args.tokens}", "--config.train.batch_size=1"]
-    command += ["--config.eval.every=50", "--config.eval.num_batches=8"]
-    command += ["--config.eval.plots=False", "--config.checkpoint.every=50"]
+    command += [f"--config.data.seq_len={args.tokens}", "--config.eval.num_batches=8"]
+    every = max(1, args.steps // 16)
+    command += [f"--config.eval.every={every}", f"--config.checkpoint.every={2 * every}"]
+    command += ["--config.eval.plots=False"]
     return children.run([*command, *settings])[0]
 
 

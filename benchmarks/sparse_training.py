@@ -30,7 +30,7 @@ import quality
 
 RECIPES = ("sr_ste", "mdgf_linear", "mdgf_exponential", "sdgf_stepwise", "sdgf_geometric")
 PATTERNS = ("2:4", "1:8")
-DENSE_STEPS = 1000
+DENSE_STEPS = 500
 
 
 def get_config(name: str = "dense") -> ConfigDict:
