@@ -1,0 +1,66 @@
+"""Which blocks of keys are attended to, by the scores of a gate; and what a gate is to score.
+
+Letters: n heads, M rows (blocks of queries, or single ones) and J blocks of keys.
+"""
+
+import math
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Scores = Float[Array, "B n M J"]
+Choice = Bool[Array, "B n M J"]
+
+
+def above(scores: Scores, visible: Bool[Array, "..."], threshold: float) -> Choice:
+    """Returns the visible blocks whose share, a softmax over those, is more than a threshold."""
+    return visible & (jnp.exp(log_shares(scores, visible)) > threshold)
+
+
+def highest(scores: Scores, visible: Bool[Array, "..."], count: int) -> Choice:
+    """Returns the visible blocks of the highest scores, at most `count` a row."""
+    if count < 1:
+        return jnp.zeros(scores.shape, bool)
+    visible = jnp.broadcast_to(visible, scores.shape)
+    scores = jnp.where(visible, scores, -jnp.inf)
+    _, best = jax.lax.top_k(scores, min(count, scores.shape[-1]))
+    chosen = jnp.put_along_axis(jnp.zeros(scores.shape, bool), best, True, axis=-1, inplace=False)
+    return visible & chosen
+
+
+def count_of_density(density: float, num_blocks: int) -> int:
+    """Returns how many blocks each row keeps, so that causality leaves a density of all pairs.
+
+        max(1, floor((1 - sqrt(1 - density)) J)):  keeping a of J leaves 1 - (1 - a/J)^2
+    """
+    return max(1, int((1 - math.sqrt(1 - density)) * num_blocks))
+
+
+def log_shares(scores: Scores, visible: Bool[Array, "..."]) -> Scores:
+    """Returns log softmax over the visible blocks; 0 at the others, so that nothing is NaN."""
+    hidden = jnp.finfo(scores.dtype).min
+    shares = jax.nn.log_softmax(jnp.where(visible, scores, hidden), axis=-1)
+    return jnp.where(visible, shares, 0)
+
+
+def shares_of(maxima: Scores, visible: Bool[Array, "..."], epsilon: float = 0.0) -> Scores:
+    """Returns a gate's target: the largest weights of visible blocks, divided by a row's sum.
+
+    Args:
+      maxima: of `block_max_attention`.
+      visible: blocks that a row may learn of; a row without any is 0.
+      epsilon: added to the sum.
+    """
+    maxima = jnp.where(visible, maxima, 0)
+    total = jnp.sum(maxima, axis=-1, keepdims=True) + epsilon
+    return maxima / jnp.where(total > 0, total, 1)
+
+
+def divergence(
+    target: Scores, scores: Scores, visible: Bool[Array, "..."]
+) -> Float[Array, "B n M"]:
+    """Returns sum_j p_j (log p_j - log q_j) of each row, q a softmax over the visible blocks."""
+    is_some = target > 0
+    log_target = jnp.log(jnp.where(is_some, target, 1))
+    terms = target * (log_target - log_shares(scores, visible))
+    return jnp.sum(jnp.where(is_some, terms, 0), axis=-1)
