@@ -4,6 +4,7 @@ Letters: n heads, M rows (blocks of queries, or single ones) and J blocks of key
 """
 
 import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -31,7 +32,7 @@ def highest(scores: Scores, visible: Bool[Array, "..."], count: int) -> Choice:
 def count_of_density(density: float, num_blocks: int) -> int:
     """Returns how many blocks each row keeps, so that causality leaves a density of all pairs.
 
-        max(1, floor((1 - sqrt(1 - density)) J)):  keeping a of J leaves 1 - (1 - a/J)^2
+    max(1, floor((1 - sqrt(1 - density)) J)):  keeping a of J leaves 1 - (1 - a/J)^2
     """
     return max(1, int((1 - math.sqrt(1 - density)) * num_blocks))
 

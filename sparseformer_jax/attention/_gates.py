@@ -36,7 +36,7 @@ class GateOptions:
         each key/value head.
       block_size: P, tokens in a block.
       gate_dim: D, of the scores' products; None: the model's head_dim.
-      query_pools: of "max", "min", "avg", what a block of queries is pooled by; "decode" pools none.
+      query_pools: of "max", "min", "avg", what blocks of queries are pooled by, in "prefill".
       key_pools: the same of keys.
       query_projection: of pooled queries "none", or "head": a matrix for each query head, and
         then one for each key/value head's keys, no longer for each query head's. Of single
@@ -67,7 +67,11 @@ class GateOptions:
             raise ValueError(
                 f"query_projection={self.query_projection!r}: gates={self.gates!r} takes {taken}"
             )
-        if self.gates == "prefill" and self.query_projection == "none" and len(self.query_pools) > 1:
+        if (
+            self.gates == "prefill"
+            and self.query_projection == "none"
+            and len(self.query_pools) > 1
+        ):
             raise ValueError(
                 f"query_pools={self.query_pools}: without a projection queries have one; "
                 "set query_projection='head'"

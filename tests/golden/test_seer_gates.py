@@ -7,7 +7,6 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from sparseformer_jax.attention import _block_choice, _gates
@@ -247,3 +246,54 @@ def test_decode_target_loss_and_gradients(name):
     np.testing.assert_allclose(means, stored["loss_per_seq"], rtol=TOLERANCE, atol=3e-7)
     np.testing.assert_allclose(mean, stored["loss_kl_mean"], rtol=TOLERANCE, atol=3e-7)
     assert_gradients(gradients, stored)
+
+
+@cases("decode_infer", "kc_final_official")
+def test_decode_cached_keys(name):
+    config, stored = FILES[name]["config"], loading.arrays("seer", name)
+    keys = cached_keys(make_gate(config, stored), config, stored)
+    whole = stored["kc_block_start_rope"].shape[1]
+    assert whole == stored["k_nope"].shape[1] // config["block"]
+    for rule in ("start", "end"):
+        close(keys[rule][:, :whole], stored[f"kc_block_{rule}_rope"])
+    prefilled = config["prefill_len"] // config["block"]
+    close(keys["start"][:, :prefilled], stored["kc_after_prefill"][:, :prefilled])
+    mixed = np.concatenate([keys["start"][:, :prefilled], keys["end"][:, prefilled:whole]], axis=1)
+    close(mixed, stored["kc_final_official"][:, :whole])
+
+
+def cached_keys(gate, config, stored):
+    """Pooled keys [B, J, K, D] that turn by their first or by their last token."""
+    key, size = jnp.asarray(stored["k_nope"]), config["block"]
+    pooled = _gates.pool(key, size, gate.options.key_pools, everything(key))
+    ends = np.append(np.arange(1, pooled.shape[1]) * size, key.shape[1]) - 1
+    starts = np.arange(pooled.shape[1]) * size
+    places = {"start": starts, "end": ends}
+    positions = stored["position_ids"]
+    return {rule: gate.keys(pooled, jnp.asarray(positions[:, at])) for rule, at in places.items()}
+
+
+@cases("decode_infer", "mask_budget")
+def test_decode_choices(name):
+    """As released: unfinished blocks score 0, and those finished while decoding turn late."""
+    config, stored = FILES[name]["config"], loading.arrays("seer", name)
+    gate = make_gate(config, stored)
+    keys = cached_keys(gate, config, stored)
+    size, prefilled = config["block"], config["prefill_len"] // config["block"]
+    block = np.arange(keys["start"].shape[1])[:, None, None]
+    released = np.where(block < prefilled, keys["start"], keys["end"])
+    for step in range(config["steps"]):
+        place = config["prefill_len"] + step
+        query = jnp.asarray(stored["q_nope"][:, place : place + 1])
+        query = gate.queries(query, jnp.asarray(stored["position_ids"][:, place : place + 1]))
+        is_whole = (block + 1) * size <= place + 1
+        found = _gates.scores(query, jnp.asarray(np.where(is_whole, released, 0)))
+        visible = jnp.asarray(stored["block_mask"][step])[:, None, None]
+        newest = np.arange(len(block)) == place // size
+        chosen = {
+            "thresh": _block_choice.above(found, visible, config["threshold"]),
+            "budget": _block_choice.highest(found, visible, config["block_budget"]),
+        }
+        for kind, choice in chosen.items():
+            expected = stored[f"mask_{kind}"][step]
+            np.testing.assert_array_equal((choice | newest)[:, :, 0], expected, err_msg=kind)

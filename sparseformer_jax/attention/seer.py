@@ -1,0 +1,384 @@
+"""SeerAttention: gates that learn from a model's own dense attention which blocks it needs.
+
+    target  p_mj = max of block (m, j) of the attention map / sum over j     (prefill)
+            p_tj = max of block j of row t and of its group / sum over j     (decode, j before t's)
+    loss    KL(p || softmax(gate scores)), of every layer
+    then    attend to the blocks that the gate scores highest, and to the own block
+
+Gao et al. 2024, "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs", arXiv
+2410.13276, and 2025, "SeerAttention-R: Sparse Attention Adaptation for Long Reasoning", arXiv
+2506.08889. In training the layer attends densely and its gate learns; what else is computed has no
+gradient through the gate, so that with `train.trainable` naming gates alone nothing of the model
+is differentiated. In evaluation and decoding the gate chooses, if the options say how many.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from pallas_kernels import BlockMask, block_max_attention
+from pallas_kernels.rules import Dense, Rule
+from sparseformer_jax.attention import _block_choice, _gates, _pooled_blocks
+from sparseformer_jax.attention._block_sparse import (
+    BlockSparseAttention,
+    attend_blocks,
+    check_implementation,
+)
+from sparseformer_jax.attention.base import AttentionOutput
+from sparseformer_jax.attention.inputs import Inputs, Shard
+from sparseformer_jax.checks import ConfigError
+from sparseformer_jax.model.config import ModelConfig
+
+# Of no document: queries that a block does not pool see nothing when its target is made.
+_NOWHERE = np.iinfo(np.int32).min
+_CHOICES = ("density", "threshold", "token_budget")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(_gates.GateOptions):
+    """Options of SeerAttention, beside those of its gates.
+
+    Attributes:
+      density: of all pairs, kept by as many blocks for each block of queries; "prefill" only.
+        This and the next two choose in evaluation, one of them; none: attention is dense.
+      threshold: on a block's share, the softmax of the gate's scores.
+      token_budget: keys that a query sees at most, in whole blocks, its own counted.
+      keeps_first: the first block of a document is always kept.
+      dense_rows: the last blocks of queries that attend densely; the release has 2.
+      capacity: most blocks that `threshold` keeps for a row, the best; None: any number.
+      loss_reduction: "row_mean" is KL in nats; "element_mean", as released, divides it by the
+        number of blocks.
+      loss_start: fraction of the sequence whose rows, the first, the loss leaves out.
+      loss_weight: of the loss beside others; the release has 10.
+      implementation: of the kernel, see `block_sparse_attention`; None: the best here.
+    """
+
+    density: float | None = None
+    threshold: float | None = None
+    token_budget: int | None = None
+    keeps_first: bool = False
+    dense_rows: int = 0
+    capacity: int | None = None
+    loss_reduction: Literal["row_mean", "element_mean"] = "row_mean"
+    loss_start: float = 0.25
+    loss_weight: float = 1.0
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {n: getattr(self, n) for n in _CHOICES if getattr(self, n) is not None}
+        if len(given) > 1:
+            raise ValueError(f"{given}: these choose blocks each in its own way; set one")
+        for name in ("density", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value} must be above 0 and at most 1")
+        least = self.block_size * (1 + self.keeps_first)
+        if self.token_budget is not None and self.token_budget < least:
+            raise ValueError(
+                f"token_budget={self.token_budget} must be at least {least}, what is always kept"
+            )
+        if self.capacity is not None and (self.threshold is None or self.capacity < 2):
+            raise ValueError(f"capacity={self.capacity} bounds a threshold, and by at least 2")
+        if self.gates == "decode" and (self.density is not None or self.dense_rows):
+            raise ValueError(
+                "gates='decode' has no density and no dense_rows; set threshold or token_budget"
+            )
+        if self.dense_rows < 0:
+            raise ValueError(f"dense_rows={self.dense_rows} must not be negative")
+        if not 0 <= self.loss_start < 1:
+            raise ValueError(f"loss_start={self.loss_start} must be at least 0 and below 1")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether attention is sparse in evaluation."""
+        return any(getattr(self, name) is not None for name in _CHOICES)
+
+    def most_blocks(self, num_blocks: int) -> int:
+        """Returns how many blocks a row keeps at most, its own counted."""
+        if self.token_budget is not None:
+            return min(self.token_budget // self.block_size, num_blocks)
+        if self.density is not None:
+            count = _block_choice.count_of_density(self.density, num_blocks)
+            return min(max(count, 1 + self.keeps_first), num_blocks)
+        return min(self.capacity or num_blocks, num_blocks)
+
+
+def check(options: Options, config: ConfigDict) -> None:
+    """Refuses what the model cannot do with these options.
+
+    Raises:
+      ValueError: implementation is unknown, the model's heads do not allow the gate, or devices
+        would cut blocks.
+    """
+    check_implementation(options.implementation)
+    model = ModelConfig(**config.model)
+    _gates.check_gates(options, model)
+    if not model.is_causal:
+        raise ValueError("name='seer' is a decoder's; set model.is_causal=True")
+
+
+def notes(options: Options) -> list[str]:
+    """Returns what a run says of these options as it starts."""
+    if options.gates == "prefill" and options.chooses:
+        return [
+            "attention.gates='prefill' is causal in whole blocks only: a block's queries choose "
+            "together, so perplexity may profit from tokens of the same block that follow"
+        ]
+    return []
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    """What a gate says of local rows, blocks of queries or single ones.
+
+    Attributes:
+      scores: [B, n, M, J].
+      past: whole blocks before the row's own, of its document [B, 1, M, J].
+      own: which block is the row's [1, 1, M, J].
+      is_kept: which queries the rows speak of [B, T].
+    """
+
+    scores: jax.Array
+    past: jax.Array
+    own: jax.Array
+    is_kept: jax.Array
+
+
+class Method(BlockSparseAttention):
+    """Dense attention beside a gate that learns from it, or attention to what the gate chooses."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"unrotated_query", "unrotated_key"})
+
+    def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, options, rngs=rngs)
+        self.gate = _gates.BlockGate(config, options, rngs=rngs)
+
+    def rule(self) -> Rule:
+        """Returns the rule of dense attention, from which gates learn."""
+        return Dense()
+
+    def density(self, seq_len: int) -> float:
+        """Returns the fraction of pairs that are attended to; with a threshold, at most.
+
+        A sequence is taken for one document.
+        """
+        if not self.options.chooses:
+            return 1.0
+        size, place = self.options.block_size, np.arange(seq_len)
+        num_blocks, own = -(-seq_len // size), place // size
+        most = np.minimum(own, self.options.most_blocks(num_blocks) - 1)
+        past = np.where(own >= num_blocks - self.options.dense_rows, own, most)
+        return float(np.sum(past * size + place % size + 1) / np.sum(place + 1))
+
+    def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
+        """Returns dense attention and the gate's loss in training, else what the gate chooses.
+
+        A gate of whole blocks of queries has none to look at where they start anywhere, as in
+        decoding: there attention is dense.
+        """
+        if inputs.noise is not None:
+            return self._distilled(inputs, shard)
+        is_anywhere = inputs.query.shape[1] < inputs.key.shape[1] and not shard.seq_axes
+        if not self.options.chooses or (is_anywhere and self.options.gates == "prefill"):
+            output = super().attend(inputs, shard).output
+            return AttentionOutput(output, diagnostics={"density": jnp.ones(())})
+        return self._attend_chosen(inputs, shard)
+
+    def _distilled(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
+        """Dense attention, and the loss of the gate that learns from it."""
+        query, key = inputs.query, inputs.key
+        num_queries, num_keys = query.shape[1], key.shape[1]
+        mask = self._local_mask(num_queries, num_keys, query.shape[2], shard)
+        output, lse = attend_blocks(
+            self.config,
+            self.options.implementation,
+            query,
+            key,
+            inputs.value,
+            mask,
+            inputs.segment_ids,
+            return_lse=True,
+        )
+        scored = self._scored(inputs, shard)
+        target, visible = self._target(inputs, shard, lse, scored)
+        rows = _block_choice.divergence(target, scored.scores, visible)
+        loss = self._loss_of_tokens(jnp.mean(rows, axis=1), scored, shard, num_keys)
+        return AttentionOutput(output, {"gate": loss}, {"density": jnp.ones(())})
+
+    def _target(
+        self, inputs: Inputs, shard: Shard, lse: jax.Array, scored: _Scored
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the gate is to say [B, n, M, J], and of which blocks."""
+        is_prefill, size = self.options.gates == "prefill", self.options.block_size
+        segment_ids = inputs.segment_ids
+        if segment_ids is not None:
+            of_query, of_key = segment_ids
+            segment_ids = (jnp.where(scored.is_kept, of_query, _NOWHERE), of_key)
+        maxima = block_max_attention(
+            inputs.query,
+            inputs.key,
+            lse,
+            query_block_size=size if is_prefill else None,
+            key_block_size=size,
+            is_causal=True,
+            segment_ids=segment_ids,
+            scale=self.config.scale,
+            logits_soft_cap=self.config.attention_soft_cap,
+            query_offset=shard.query_offset,
+            group_reduction=None if is_prefill else "max",
+        )
+        if is_prefill:
+            visible = scored.past | scored.own
+            return _block_choice.shares_of(maxima, visible), visible
+        return _block_choice.shares_of(maxima, scored.past, epsilon=1e-9), scored.past
+
+    def _loss_of_tokens(
+        self, rows: jax.Array, scored: _Scored, shard: Shard, num_keys: int
+    ) -> jax.Array:
+        """Gives each token the loss of its row, so that the mean over tokens is that over rows."""
+        options, size = self.options, self.options.block_size
+        num_blocks = -(-num_keys // size)
+        if options.gates == "prefill":
+            skipped = size * int(num_blocks * options.loss_start)
+            losses = _pooled_blocks.of_tokens(rows, size, scored.is_kept)
+        else:
+            skipped, losses = int(num_keys * options.loss_start), rows
+        place = shard.query_offset + jnp.arange(losses.shape[1])
+        factor = options.loss_weight * num_keys / (num_keys - skipped)
+        if options.loss_reduction == "element_mean":
+            factor /= num_blocks
+        return factor * jnp.where(place >= skipped, losses, 0)
+
+    def _scored(self, inputs: Inputs, shard: Shard) -> _Scored:
+        """Asks the gate, through which no gradient reaches the model."""
+        size = self.options.block_size
+        query, key = jax.lax.stop_gradient((inputs.unrotated_query, inputs.unrotated_key))
+        of_query, of_key = inputs.segment_ids or (None, None)
+        query_positions, key_positions = inputs.positions
+        places = shard.query_offset + jnp.arange(query.shape[1])
+        blocks = _pooled_blocks.pooled(
+            key, key_positions, of_key, size, self.options.key_pools, "last"
+        )
+        keys = self.gate.keys(blocks.vectors, blocks.positions)
+        if self.options.gates == "decode":
+            queries, documents = self.gate.queries(query, query_positions), of_query
+            is_kept, own = jnp.ones(query.shape[:2], bool), places // size
+        else:
+            self._check_whole_blocks(query.shape[1], shard)
+            rows = _pooled_blocks.pooled(
+                query, query_positions, of_query, size, self.options.query_pools, "first"
+            )
+            queries, documents = self.gate.queries(rows.vectors, rows.positions), rows.documents
+            is_kept, own = rows.is_kept, places[::size] // size
+        scores = _gates.scores(queries, keys)
+        if self.options.gates == "prefill" and of_key is not None:
+            scores = self._with_own_scores(scores, queries, own, key, key_positions, of_key)
+        block = jnp.arange(scores.shape[-1])
+        past = (block < own[:, None])[None, None]
+        if documents is not None and blocks.documents is not None:
+            same = documents[:, :, None] == blocks.documents[:, None]
+            past = past & same[:, None]
+        return _Scored(scores, past, (block == own[:, None])[None, None], is_kept)
+
+    def _with_own_scores(
+        self,
+        scores: jax.Array,
+        queries: jax.Array,
+        own: jax.Array,
+        key: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+    ) -> jax.Array:
+        """Scores rows against their own block as it is to the row's document, not to its last."""
+        size, pools = self.options.block_size, self.options.key_pools
+        blocks = _pooled_blocks.pooled(key, positions, segment_ids, size, pools, "first")
+        keys = self.gate.keys(blocks.vectors, blocks.positions)[:, own]
+        pairs = jax.vmap(_gates.scores, (1, 1), 2)(queries[:, :, None], keys[:, :, None])
+        return _pooled_blocks.own_scores(scores, own, pairs[..., 0, 0])
+
+    def _check_whole_blocks(self, num_queries: int, shard: Shard) -> None:
+        size = self.options.block_size
+        if shard.seq_axes and num_queries % size:
+            raise ConfigError(
+                f"mesh.context leaves {num_queries} queries to a device, which blocks of {size} "
+                "tokens do not divide; take fewer devices or smaller blocks"
+            )
+
+    def _chosen(self, scored: _Scored) -> tuple[jax.Array, jax.Array]:
+        """Which blocks rows attend to [B, n, M, J], and how many rows would have more."""
+        options, num_blocks = self.options, scored.scores.shape[-1]
+        past, own, most = scored.past, scored.own, options.most_blocks(num_blocks)
+        forced = jnp.broadcast_to(own, (len(past), *own.shape[1:]))
+        if options.keeps_first:
+            is_first = jnp.cumsum(past, axis=-1) == 1
+            forced = forced | (past & is_first)
+        free = past & ~forced
+        # The most that any row forces is 2: at the first block both are one.
+        count = most - 1 - options.keeps_first
+        overflow = jnp.zeros(())
+        if options.threshold is not None:
+            seen = past | own if options.gates == "prefill" else past
+            above = free & _block_choice.above(scored.scores, seen, options.threshold)
+            overflow = jnp.mean(jnp.sum(above, axis=-1) > count, dtype=jnp.float32)
+            free = above
+        chosen = forced | _block_choice.highest(scored.scores, free, count)
+        if options.dense_rows:
+            first = num_blocks - options.dense_rows
+            is_dense = jnp.any(own & (jnp.arange(num_blocks) >= first), axis=-1, keepdims=True)
+            chosen = chosen | (past & is_dense)
+        return chosen, overflow
+
+    def _attend_chosen(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
+        """Attention to the chosen blocks, with their density and overflow."""
+        query, key, value = inputs.query, inputs.key, inputs.value
+        num_queries, num_keys, size = query.shape[1], key.shape[1], self.options.block_size
+        chosen, overflow = self._chosen(self._scored(inputs, shard))
+        places = shard.query_offset + jnp.arange(num_queries)
+        if num_queries == 1:
+            output = self._attend_one_row(
+                inputs, jnp.repeat(chosen[:, :, 0], size, axis=-1), places
+            )
+        else:
+            is_prefill, num_blocks = self.options.gates == "prefill", chosen.shape[-1]
+            mask = BlockMask.from_block_map(
+                chosen,
+                num_queries,
+                num_keys,
+                size if is_prefill else 1,
+                size,
+                is_causal=True,
+                query_offset=shard.query_offset,
+                capacity=None if self.options.dense_rows else self.options.most_blocks(num_blocks),
+            )
+            output = self._attend_blocks(query, key, value, mask, inputs.segment_ids)
+        diagnostics = {
+            "density": _density(chosen, places, num_keys, size),
+            "overflow": overflow,
+        }
+        return AttentionOutput(output, diagnostics=diagnostics)
+
+    def _attend_one_row(self, inputs: Inputs, chosen: jax.Array, places: jax.Array) -> jax.Array:
+        """Attention of one query a sequence to the tokens of its blocks [B, n, S]."""
+        num_keys = inputs.key.shape[1]
+        kept = chosen[..., :num_keys] & (jnp.arange(num_keys) <= places)
+        if inputs.segment_ids is not None:
+            of_query, of_key = inputs.segment_ids
+            kept = kept & (of_query == of_key)[:, None]
+        return self._attend_one(inputs.query, [(lambda _: (inputs.key, inputs.value, kept), 1)])
+
+
+def _density(chosen: jax.Array, places: jax.Array, num_keys: int, size: int) -> jax.Array:
+    """The chosen pairs of local queries, of all pairs that as many would have on average."""
+    pairs = _pooled_blocks.attended_tokens(places, num_keys, size).astype(jnp.float32)
+    num_queries, rows = len(places), chosen.shape[2]
+    if rows < num_queries:
+        padded = jnp.pad(pairs, [(0, -num_queries % size), (0, 0)])
+        pairs = jnp.sum(padded.reshape(rows, size, -1), axis=1)
+    attended = jnp.sum(jnp.mean(chosen, axis=(0, 1), dtype=jnp.float32) * pairs)
+    return attended / (num_queries * (num_keys + 1) / 2)
