@@ -192,24 +192,20 @@ class Method(BlockSparseAttention):
 
     def _distilled(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Dense attention, and the loss of the gate that learns from it."""
-        query, key = inputs.query, inputs.key
-        num_queries, num_keys = query.shape[1], key.shape[1]
-        mask = self._local_mask(num_queries, num_keys, query.shape[2], shard)
-        output, lse = attend_blocks(
-            self.config,
-            self.options.implementation,
-            query,
-            key,
-            inputs.value,
-            mask,
-            inputs.segment_ids,
-            return_lse=True,
-        )
+        output, lse = self._dense(inputs, shard)
         scored = self._scored(inputs, shard)
         target, visible = self._target(inputs, shard, lse, scored)
         rows = _block_choice.divergence(target, scored.scores, visible)
-        loss = self._loss_of_tokens(jnp.mean(rows, axis=1), scored, shard, num_keys)
+        loss = self._loss_of_tokens(jnp.mean(rows, axis=1), scored, shard, inputs.key.shape[1])
         return AttentionOutput(output, {"gate": loss}, {"density": jnp.ones(())})
+
+    def _dense(self, inputs: Inputs, shard: Shard) -> tuple[jax.Array, jax.Array]:
+        """Dense attention [B, T, N, H], and its log-sum-exp [B, T, N]."""
+        query, key, value = inputs.query, inputs.key, inputs.value
+        mask = self._local_mask(query.shape[1], key.shape[1], query.shape[2], shard)
+        kernel = self.options.implementation
+        segment_ids = inputs.segment_ids
+        return attend_blocks(self.config, kernel, query, key, value, mask, segment_ids, True)
 
     def _target(
         self, inputs: Inputs, shard: Shard, lse: jax.Array, scored: _Scored

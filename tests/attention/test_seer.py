@@ -1,8 +1,281 @@
 """SeerAttention learns its gates from dense attention, and attends to what they choose."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from sparseformer_jax import registry
+from sparseformer_jax.attention import _block_choice, _gates
+from sparseformer_jax.attention.inputs import Noise, Shard
+from tests.attention.comparison import assert_same_on_mesh, make_attention
+from tests.model.harness import normal, packed
+
 DENSE_OPTIONS = [
     {"gates": "decode", "block_size": 16, "token_budget": 1024},
     {"gates": "prefill", "block_size": 16, "density": 1.0},
     {"gates": "prefill", "block_size": 16},
 ]
 BFLOAT16_ERROR = 0.1  # choices between close scores fall differently
+
+SIZE = 8
+GATES = {
+    "prefill": {"gates": "prefill", "block_size": SIZE},
+    "double": {
+        "gates": "prefill",
+        "block_size": SIZE,
+        "gate_dim": 4,
+        "query_projection": "head",
+        "query_pools": ("max", "avg"),
+    },
+    "decode": {"gates": "decode", "block_size": SIZE},
+    "group": {
+        "gates": "decode",
+        "block_size": SIZE,
+        "query_projection": "group",
+        "gate_norm": True,
+    },
+}
+kinds = pytest.mark.parametrize("kind", GATES)
+
+
+def make(kind, **options):
+    return make_attention("seer", GATES[kind] | options)
+
+
+def inputs_of(attention, x, positions=None, ids=None, noise=None):
+    if positions is None:
+        positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+    ids = None if ids is None else jnp.asarray(ids)
+    inputs = attention._inputs(jnp.asarray(x), jnp.asarray(positions), ids, None, 0)
+    return dataclasses.replace(inputs, noise=noise)
+
+
+@jax.jit
+def attend(attention, inputs):
+    return attention.attend(inputs, Shard(num_heads=attention.config.num_heads))
+
+
+def losses(attention, *arrays):
+    """Of each token."""
+    inputs = inputs_of(attention, *arrays, noise=Noise(jax.random.key(0)))
+    return np.asarray(attend(attention, inputs).losses["gate"])
+
+
+def states(attention, seed, batch, length):
+    return jnp.asarray(3 * normal(seed, batch, length, attention.config.embed_dim))
+
+
+@kinds
+def test_documents_of_whole_blocks_learn_as_if_alone(kind):
+    attention = make(kind, loss_start=0.0)
+    lengths = [2 * SIZE, 3 * SIZE, SIZE]
+    ids = np.repeat(np.arange(3), lengths)[None]
+    positions = np.concatenate([np.arange(n) for n in lengths])[None]
+    x = states(attention, 0, 1, sum(lengths))
+    found = losses(attention, x, positions, ids)
+    alone = [losses(attention, x[:, row]) for row in (ids[0] == n for n in range(3))]
+    np.testing.assert_allclose(found, np.concatenate(alone, axis=1), atol=1e-5)
+    assert found.max() > 0.01
+
+
+@kinds
+def test_documents_do_not_move_what_others_learn_or_see(kind):
+    choice = {"token_budget": 2 * SIZE}
+    ids, positions = packed(np.random.default_rng(0), 4, 45)
+    for attention in (make(kind, loss_start=0.0, **choice), make(kind, keeps_first=True, **choice)):
+        x = states(attention, 0, *ids.shape)
+        changed = jnp.where((ids == 1)[..., None], 5 * states(attention, 1, *ids.shape), x)
+        for run in (losses, sparse_outputs):
+            before, after = (run(attention, y, positions, ids) for y in (x, changed))
+            np.testing.assert_array_equal(before[ids != 1], after[ids != 1])
+            assert (before != after)[ids == 1].any()
+
+
+def sparse_outputs(attention, *arrays):
+    return np.asarray(attend(attention, inputs_of(attention, *arrays)).output)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "double"])
+def test_later_blocks_do_not_move_what_is_chosen(kind):
+    attention = make(kind, density=0.4)
+    x = states(attention, 0, 3, 45)
+    cut = np.array([1, 3, 5])[:, None] * SIZE
+    future = np.arange(45) >= cut
+    changed = jnp.where(future[..., None], 5 * states(attention, 1, 3, 45), x)
+    before, after = (sparse_outputs(attention, y) for y in (x, changed))
+    np.testing.assert_array_equal(before[~future], after[~future])
+
+
+CHOICES = {
+    "density": ("prefill", {"density": 0.4}),
+    "rows": ("double", {"density": 0.3, "dense_rows": 2, "keeps_first": True}),
+    "threshold": ("prefill", {"threshold": 0.2}),
+    "budget": ("prefill", {"token_budget": 3 * SIZE, "keeps_first": True}),
+    "queries": ("group", {"token_budget": 3 * SIZE}),
+    "queries_first": ("decode", {"token_budget": 2 * SIZE, "keeps_first": True}),
+    "queries_threshold": ("group", {"threshold": 0.3, "capacity": 3}),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_attends_to_the_tokens_of_chosen_blocks(case):
+    kind, options = CHOICES[case]
+    attention, length = make(kind, **options), 45
+    inputs = inputs_of(attention, states(attention, 0, 2, length))
+    attended = attend(attention, inputs)
+    chosen, _ = attention._chosen(attention._scored(inputs, Shard(num_heads=4)))
+    chosen = np.asarray(chosen)
+    row = np.arange(length) // (SIZE if kind in ("prefill", "double") else 1)
+    heads = np.arange(4) * chosen.shape[1] // 4
+    mask = chosen[:, heads][:, :, row][..., np.arange(length) // SIZE]
+    mask = mask & np.tri(length, dtype=bool)
+    own = np.arange(length) // SIZE
+    assert mask[:, :, np.arange(length), np.arange(length)].all()
+    if options.get("keeps_first"):
+        assert mask[..., 0].all()
+    if options.get("dense_rows"):
+        is_last = own >= own[-1] + 1 - options["dense_rows"]
+        assert (mask | ~np.tri(length, dtype=bool))[:, :, is_last].all()
+    query, key, value = (
+        np.asarray(x, np.float64) for x in (inputs.query, inputs.key, inputs.value)
+    )
+    key, value = (np.repeat(x, 2, axis=2) for x in (key, value))
+    logits = attention.config.scale * np.einsum("bthd,bshd->bhts", query, key)
+    weights = np.where(mask, np.exp(logits - logits.max(-1, keepdims=True)), 0)
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhts,bshd->bthd", weights, value)
+    np.testing.assert_allclose(attended.output, expected, atol=1e-5 * np.abs(expected).max())
+    density = mask.mean((0, 1)).sum() / (length * (length + 1) / 2)
+    assert density < 1
+    assert attended.diagnostics["density"] == pytest.approx(density)
+    if "threshold" in options:
+        assert attention.density(length) >= density
+    else:
+        assert attention.density(length) == pytest.approx(density)
+
+
+def test_overflow_is_counted_and_keeps_the_best():
+    whole, cut = (make("prefill", threshold=0.01, capacity=n) for n in (None, 3))
+    inputs = inputs_of(whole, states(whole, 0, 2, 64))
+    shard = Shard(num_heads=4)
+    (chosen, none), (kept, overflow) = (a._chosen(a._scored(inputs, shard)) for a in (whole, cut))
+    count = np.asarray(chosen).sum(-1)
+    assert none == 0 < overflow == (count > 3).mean()
+    np.testing.assert_array_equal(np.asarray(kept).sum(-1), np.minimum(count, 3))
+    assert (np.asarray(chosen) | ~np.asarray(kept)).all()
+    scores = np.asarray(whole._scored(inputs, shard).scores)
+    past = np.arange(8) < np.arange(8)[:, None]
+    dropped, taken = chosen & ~kept, np.asarray(kept) & past
+    best_dropped = np.where(dropped, scores, -np.inf).max(-1)
+    assert (best_dropped <= np.where(taken, scores, np.inf).min(-1)).all()
+    assert attend(cut, inputs).diagnostics["overflow"] == overflow
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "sizes"),
+    [
+        ("prefill", {"density": 0.4}, {"tensor": 2, "context": 2, "data": 2}),
+        ("double", {"threshold": 0.2}, {"context": 4, "tensor": 2}),
+        ("group", {"token_budget": 2 * SIZE}, {"context": 8}),
+    ],
+    ids=str,
+)
+def test_same_on_a_mesh(kind, choice, sizes):
+    assert_same_on_mesh(make(kind, **choice), sizes, 32)
+
+
+def test_a_device_needs_whole_blocks_of_queries():
+    attention = make("prefill", density=0.4)
+    with pytest.raises(ValueError, match=r"mesh\.context leaves 4 queries .* 8 tokens"):
+        assert_same_on_mesh(attention, {"context": 8}, 32)
+
+
+@kinds
+def test_losses_are_means_over_rows_that_count(kind):
+    """Half of the rows do; the released mean is that of rows, divided by their blocks."""
+    x = states(make(kind), 0, 2, 6 * SIZE)
+    whole = losses(make(kind, loss_start=0.0), x)
+    half = losses(make(kind, loss_start=0.5), x)
+    elements = losses(make(kind, loss_start=0.5, loss_reduction="element_mean"), x)
+    weighed = losses(make(kind, loss_start=0.5, loss_weight=10.0), x)
+    rows = whole[:, 3 * SIZE :]
+    assert not half[:, : 3 * SIZE].any()
+    np.testing.assert_allclose(half.mean(), rows.mean(), rtol=1e-5)
+    np.testing.assert_allclose(elements, half / 6, rtol=1e-5)
+    np.testing.assert_allclose(weighed, 10 * half, rtol=1e-5)
+
+
+@kinds
+def test_training_attends_densely_and_moves_gates_alone(kind):
+    attention = make(kind, token_budget=2 * SIZE)
+    dense = make_attention("dense", {})
+    for shared in ("query", "key", "value", "out"):
+        setattr(dense, shared, getattr(attention, shared))
+    arrays = states(attention, 0, 2, 40), jnp.tile(jnp.arange(40), (2, 1)), None
+    run = jax.jit(lambda module: module(*arrays, rng=jax.random.key(0)))
+    np.testing.assert_array_equal(run(attention).output, run(dense).output)
+
+    @jax.jit
+    def gradients(attention):
+        return nnx.grad(lambda a: a(*arrays, rng=jax.random.key(0)).losses["gate"])(attention)
+
+    for path, gradient in nnx.to_flat_state(gradients(attention)):
+        assert np.any(gradient[...]) == (path[0] == "gate"), path
+
+
+@pytest.mark.parametrize("kind", ["prefill", "group"])
+def test_gates_learn_more_than_the_average_tells(kind):
+    """Of the blocks that dense attention weighs most; what is compared has no parameters."""
+    attention = make(kind, loss_start=0.0)
+    attention.query.kernel[...] *= 4
+    attention.key.kernel[...] *= 4
+    rows = 1 if kind == "group" else SIZE
+    optimizer = optax.adam(0.02)
+    graphdef, gate, rest = nnx.split(
+        attention, lambda path, _: path[0] == "gate" and path[-1] != "rngs", ...
+    )
+    key = jax.random.key(0)
+
+    @jax.jit
+    def step(gate, state, number):
+        x = jax.random.normal(jax.random.fold_in(key, number), (4, 12 * SIZE, 20))
+
+        def loss(gate):
+            inputs = inputs_of(nnx.merge(graphdef, gate, rest), x, noise=Noise(key))
+            attended = nnx.merge(graphdef, gate, rest).attend(inputs, Shard(num_heads=4))
+            return jnp.mean(attended.losses["gate"])
+
+        value, gradients = jax.value_and_grad(loss)(gate)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(gate, updates), state, value
+
+    state, values = optimizer.init(gate), []
+    for number in range(100):
+        gate, state, value = step(gate, state, number)
+        values.append(float(value))
+    trained = nnx.merge(graphdef, gate, rest)
+    inputs = inputs_of(trained, jax.random.normal(key, (4, 12 * SIZE, 20)))
+    shard = Shard(num_heads=4)
+    scored = trained._scored(inputs, shard)
+    _, lse = trained._dense(inputs, shard)
+    target, _ = trained._target(inputs, shard, lse, scored)
+    everything = jnp.ones(inputs.key.shape[:2], bool)
+    means = _gates.pool(inputs.key, SIZE, ("avg",), everything)
+    queries = _gates.pool(inputs.query, rows, ("avg",), everything)
+    if kind == "group":
+        queries = queries.reshape(*queries.shape[:2], 2, 2, -1).mean(3)
+    guess = _gates.scores(queries, means)
+
+    def recall(scores):
+        found, true = (_block_choice.highest(x, scored.past, 2) for x in (scores, target))
+        return float(jnp.sum(found & true) / jnp.sum(true))
+
+    assert np.mean(values[-10:]) < np.mean(values[:10])
+    print(kind, values[0], values[-1], recall(scored.scores), recall(guess))
+    assert recall(scored.scores) > recall(guess) + 0.05
