@@ -29,6 +29,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     options = of_queries if size == "tiny" else {"density": 0.2}
     config.attention = registry.method_config("attention", "seer", **options)
     config.train.trainable = r".*/attention/gate/.*"
+    config.model.remat = "none"  # little is kept for gates, and layers would be computed twice
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.0
     return config
