@@ -125,7 +125,7 @@ def push(
     each row's queries start among those, and the cache. The position of the first key, which may
     be below 0, is a multiple of `unit` tokens, so that blocks of the keys are the sequence's.
     """
-    size, num_queries = cache["key"].shape[2], inputs.query.shape[1]
+    size, num_queries = next(iter(cache.values())).shape[2], inputs.query.shape[1]
     rows, first = jnp.arange(len(start))[:, None], start[:, None]
 
     def lies(index: jax.Array) -> jax.Array:

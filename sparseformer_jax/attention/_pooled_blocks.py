@@ -62,14 +62,6 @@ def pooled(
     return Pooled(pool(x, size, pools, is_kept), positions, documents, is_kept)
 
 
-def own_scores(
-    scores: Float[Array, "B n M J"], own: Int[Array, " M"], found: Float[Array, "B n M"]
-) -> Float[Array, "B n M J"]:
-    """Returns the scores with those of each row's own block replaced."""
-    is_own = own[:, None] == jnp.arange(scores.shape[-1])
-    return jnp.where(is_own, found[..., None], scores)
-
-
 def of_tokens(
     rows: Float[Array, "B M"], size: int, is_kept: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:

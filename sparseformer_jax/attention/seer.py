@@ -13,7 +13,8 @@ is differentiated. In evaluation and decoding the gate chooses, if the options s
 """
 
 import dataclasses
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +24,13 @@ from ml_collections import ConfigDict
 
 from pallas_kernels import BlockMask, block_max_attention
 from pallas_kernels.rules import Dense, Rule
-from sparseformer_jax.attention import _block_choice, _gates, _pooled_blocks
-from sparseformer_jax.attention._block_sparse import (
-    BlockSparseAttention,
-    attend_blocks,
-    check_implementation,
-)
+from sparseformer_jax.attention import _block_choice, _cache, _gates, _pooled_blocks, _pooled_cache
+from sparseformer_jax.attention._block_sparse import attend_blocks, check_implementation
+from sparseformer_jax.attention._by_rule import RuleAttention
+from sparseformer_jax.attention._cache import Cache
+from sparseformer_jax.attention._gate_scores import Scored, scored_by
 from sparseformer_jax.attention.base import AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
-from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.config import ModelConfig
 
 # Of no document: queries that a block does not pool see nothing when its target is made.
@@ -133,27 +132,11 @@ def notes(options: Options) -> list[str]:
     return []
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scored:
-    """What a gate says of local rows, blocks of queries or single ones.
-
-    Attributes:
-      scores: [B, n, M, J].
-      past: whole blocks before the row's own, of its document [B, 1, M, J].
-      own: which block is the row's [1, 1, M, J].
-      is_kept: which queries the rows speak of [B, T].
-    """
-
-    scores: jax.Array
-    past: jax.Array
-    own: jax.Array
-    is_kept: jax.Array
-
-
-class Method(BlockSparseAttention):
+class Method(RuleAttention):
     """Dense attention beside a gate that learns from it, or attention to what the gate chooses."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"unrotated_query", "unrotated_key"})
+    cache_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = _pooled_cache.AXES
 
     def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, options, rngs=rngs)
@@ -176,6 +159,19 @@ class Method(BlockSparseAttention):
         past = np.where(own >= num_blocks - self.options.dense_rows, own, most)
         return float(np.sum(past * size + place % size + 1) / np.sum(place + 1))
 
+    @property
+    def chooses_in_decoding(self) -> bool:
+        """Whether single queries choose; blocks of them have no gate to ask, and see all."""
+        return self.options.chooses and self.options.gates == "decode"
+
+    def init_cache(self, batch_size: int, size: int, num_layers: int = 1) -> Cache:
+        """Returns the empty cache: of all tokens, and of pooled keys where queries choose."""
+        tokens, config = (num_layers, batch_size, size), self.config
+        if not self.chooses_in_decoding:
+            return _cache.empty(_cache.KEYS, config, tokens)
+        dim = self.options.dim(config)
+        return _pooled_cache.empty(config, self.options.block_size, dim, tokens)
+
     def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns dense attention and the gate's loss in training, else what the gate chooses.
 
@@ -185,7 +181,7 @@ class Method(BlockSparseAttention):
         if inputs.noise is not None:
             return self._distilled(inputs, shard)
         is_anywhere = inputs.query.shape[1] < inputs.key.shape[1] and not shard.seq_axes
-        if not self.options.chooses or (is_anywhere and self.options.gates == "prefill"):
+        if not self.options.chooses or (is_anywhere and not self.chooses_in_decoding):
             output = super().attend(inputs, shard).output
             return AttentionOutput(output, diagnostics={"density": jnp.ones(())})
         return self._attend_chosen(inputs, shard)
@@ -193,7 +189,7 @@ class Method(BlockSparseAttention):
     def _distilled(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Dense attention, and the loss of the gate that learns from it."""
         output, lse = self._dense(inputs, shard)
-        scored = self._scored(inputs, shard)
+        scored = scored_by(self.gate, inputs, shard)
         target, visible = self._target(inputs, shard, lse, scored)
         rows = _block_choice.divergence(target, scored.scores, visible)
         loss = self._loss_of_tokens(jnp.mean(rows, axis=1), scored, shard, inputs.key.shape[1])
@@ -208,7 +204,7 @@ class Method(BlockSparseAttention):
         return attend_blocks(self.config, kernel, query, key, value, mask, segment_ids, True)
 
     def _target(
-        self, inputs: Inputs, shard: Shard, lse: jax.Array, scored: _Scored
+        self, inputs: Inputs, shard: Shard, lse: jax.Array, scored: Scored
     ) -> tuple[jax.Array, jax.Array]:
         """What the gate is to say [B, n, M, J], and of which blocks."""
         is_prefill, size = self.options.gates == "prefill", self.options.block_size
@@ -235,7 +231,7 @@ class Method(BlockSparseAttention):
         return _block_choice.shares_of(maxima, scored.past, epsilon=1e-9), scored.past
 
     def _loss_of_tokens(
-        self, rows: jax.Array, scored: _Scored, shard: Shard, num_keys: int
+        self, rows: jax.Array, scored: Scored, shard: Shard, num_keys: int
     ) -> jax.Array:
         """Gives each token the loss of its row, so that the mean over tokens is that over rows."""
         options, size = self.options, self.options.block_size
@@ -251,62 +247,7 @@ class Method(BlockSparseAttention):
             factor /= num_blocks
         return factor * jnp.where(place >= skipped, losses, 0)
 
-    def _scored(self, inputs: Inputs, shard: Shard) -> _Scored:
-        """Asks the gate, through which no gradient reaches the model."""
-        size = self.options.block_size
-        query, key = jax.lax.stop_gradient((inputs.unrotated_query, inputs.unrotated_key))
-        of_query, of_key = inputs.segment_ids or (None, None)
-        query_positions, key_positions = inputs.positions
-        places = shard.query_offset + jnp.arange(query.shape[1])
-        blocks = _pooled_blocks.pooled(
-            key, key_positions, of_key, size, self.options.key_pools, "last"
-        )
-        keys = self.gate.keys(blocks.vectors, blocks.positions)
-        if self.options.gates == "decode":
-            queries, documents = self.gate.queries(query, query_positions), of_query
-            is_kept, own = jnp.ones(query.shape[:2], bool), places // size
-        else:
-            self._check_whole_blocks(query.shape[1], shard)
-            rows = _pooled_blocks.pooled(
-                query, query_positions, of_query, size, self.options.query_pools, "first"
-            )
-            queries, documents = self.gate.queries(rows.vectors, rows.positions), rows.documents
-            is_kept, own = rows.is_kept, places[::size] // size
-        scores = _gates.scores(queries, keys)
-        if self.options.gates == "prefill" and of_key is not None:
-            scores = self._with_own_scores(scores, queries, own, key, key_positions, of_key)
-        block = jnp.arange(scores.shape[-1])
-        past = (block < own[:, None])[None, None]
-        if documents is not None and blocks.documents is not None:
-            same = documents[:, :, None] == blocks.documents[:, None]
-            past = past & same[:, None]
-        return _Scored(scores, past, (block == own[:, None])[None, None], is_kept)
-
-    def _with_own_scores(
-        self,
-        scores: jax.Array,
-        queries: jax.Array,
-        own: jax.Array,
-        key: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-    ) -> jax.Array:
-        """Scores rows against their own block as it is to the row's document, not to its last."""
-        size, pools = self.options.block_size, self.options.key_pools
-        blocks = _pooled_blocks.pooled(key, positions, segment_ids, size, pools, "first")
-        keys = self.gate.keys(blocks.vectors, blocks.positions)[:, own]
-        pairs = jax.vmap(_gates.scores, (1, 1), 2)(queries[:, :, None], keys[:, :, None])
-        return _pooled_blocks.own_scores(scores, own, pairs[..., 0, 0])
-
-    def _check_whole_blocks(self, num_queries: int, shard: Shard) -> None:
-        size = self.options.block_size
-        if shard.seq_axes and num_queries % size:
-            raise ConfigError(
-                f"mesh.context leaves {num_queries} queries to a device, which blocks of {size} "
-                "tokens do not divide; take fewer devices or smaller blocks"
-            )
-
-    def _chosen(self, scored: _Scored) -> tuple[jax.Array, jax.Array]:
+    def _chosen(self, scored: Scored) -> tuple[jax.Array, jax.Array]:
         """Which blocks rows attend to [B, n, M, J], and how many rows would have more."""
         options, num_blocks = self.options, scored.scores.shape[-1]
         past, own, most = scored.past, scored.own, options.most_blocks(num_blocks)
@@ -332,41 +273,61 @@ class Method(BlockSparseAttention):
 
     def _attend_chosen(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Attention to the chosen blocks, with their density and overflow."""
-        query, key, value = inputs.query, inputs.key, inputs.value
-        num_queries, num_keys, size = query.shape[1], key.shape[1], self.options.block_size
-        chosen, overflow = self._chosen(self._scored(inputs, shard))
-        places = shard.query_offset + jnp.arange(num_queries)
-        if num_queries == 1:
-            output = self._attend_one_row(
-                inputs, jnp.repeat(chosen[:, :, 0], size, axis=-1), places
-            )
-        else:
-            is_prefill, num_blocks = self.options.gates == "prefill", chosen.shape[-1]
-            mask = BlockMask.from_block_map(
-                chosen,
-                num_queries,
-                num_keys,
-                size if is_prefill else 1,
-                size,
-                is_causal=True,
-                query_offset=shard.query_offset,
-                capacity=None if self.options.dense_rows else self.options.most_blocks(num_blocks),
-            )
-            output = self._attend_blocks(query, key, value, mask, inputs.segment_ids)
-        diagnostics = {
-            "density": _density(chosen, places, num_keys, size),
-            "overflow": overflow,
-        }
-        return AttentionOutput(output, diagnostics=diagnostics)
+        chosen, overflow = self._chosen(scored_by(self.gate, inputs, shard))
+        output = self._attend_map(inputs, chosen, shard.query_offset)
+        places = shard.query_offset + jnp.arange(inputs.query.shape[1])
+        num_keys, size = inputs.key.shape[1], self.options.block_size
+        density = _density(chosen, places, num_keys, size)
+        return AttentionOutput(output, diagnostics={"density": density, "overflow": overflow})
 
-    def _attend_one_row(self, inputs: Inputs, chosen: jax.Array, places: jax.Array) -> jax.Array:
-        """Attention of one query a sequence to the tokens of its blocks [B, n, S]."""
-        num_keys = inputs.key.shape[1]
-        kept = chosen[..., :num_keys] & (jnp.arange(num_keys) <= places)
-        if inputs.segment_ids is not None:
-            of_query, of_key = inputs.segment_ids
-            kept = kept & (of_query == of_key)[:, None]
-        return self._attend_one(inputs.query, [(lambda _: (inputs.key, inputs.value, kept), 1)])
+    def _attend_map(self, inputs: Inputs, chosen: jax.Array, offset: Any) -> jax.Array:
+        """Attention to a map of blocks [B, n, M, J]."""
+        options, size, num_blocks = self.options, self.options.block_size, chosen.shape[-1]
+        query, key, value = inputs.query, inputs.key, inputs.value
+        mask = BlockMask.from_block_map(
+            chosen,
+            query.shape[1],
+            key.shape[1],
+            size if options.gates == "prefill" else 1,
+            size,
+            is_causal=True,
+            query_offset=offset,
+            capacity=None if options.dense_rows else options.most_blocks(num_blocks),
+        )
+        return self._attend_blocks(query, key, value, mask, inputs.segment_ids)
+
+    def _decode(
+        self, inputs: Inputs, start: jax.Array, cache: Cache, layer: Any, shard: Shard
+    ) -> tuple[jax.Array, Cache]:
+        """Chooses by the pooled keys of the cache, and reads the keys of what is chosen."""
+        if not self.chooses_in_decoding:
+            return super()._decode(inputs, start, cache, layer, shard)
+        size, (batch, num_queries) = self.options.block_size, inputs.query.shape[:2]
+        cache = _pooled_cache.write(cache, self.gate, inputs, start, layer)
+        queries = self.gate.queries(inputs.unrotated_query, inputs.positions[0])
+        scores = _gates.scores(queries, cache["block_key"][layer])
+        block = jnp.arange(scores.shape[-1])
+        own = (inputs.positions[0] // size)[:, None, :, None]
+        is_kept = jnp.ones((batch, num_queries), bool)
+        chosen, _ = self._chosen(Scored(scores, block < own, block == own, is_kept))
+        if num_queries > 1:
+            return self._attend_maps(inputs, chosen, start, cache, layer), cache
+        most = self.options.most_blocks(len(block))
+        key, value, places = _pooled_cache.gather(cache, chosen[:, :, 0], size, most, layer)
+        kept = (0 <= places) & (places <= start[:, None, None])
+        return self._attend_one(inputs.query, [(lambda _: (key, value, kept), 1)]), cache
+
+    def _attend_maps(
+        self, inputs: Inputs, chosen: jax.Array, start: jax.Array, cache: Cache, layer: Any
+    ) -> jax.Array:
+        """Attention of several queries a sequence, which start anywhere, to maps of blocks."""
+
+        def row(query: Any, key: Any, value: Any, chosen: Any, start: Any) -> jax.Array:
+            inputs = Inputs(query[None], key[None], value[None])
+            return self._attend_map(inputs, chosen[None], start)[0]
+
+        key, value = (cache[name][layer] for name in _cache.KEYS)
+        return jax.vmap(row)(inputs.query, key, value, chosen, start)
 
 
 def _density(chosen: jax.Array, places: jax.Array, num_keys: int, size: int) -> jax.Array:

@@ -15,6 +15,7 @@ from jax.extend.core import jaxprs_in_params
 
 from sparseformer_jax import registry
 from sparseformer_jax.attention import _block_choice, _gates
+from sparseformer_jax.attention._gate_scores import scored_by
 from sparseformer_jax.attention.inputs import Noise, Shard
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.loss import cross_entropy
@@ -137,7 +138,7 @@ def test_attends_to_the_tokens_of_chosen_blocks(case):
     attention, length = make(kind, **options), 45
     inputs = inputs_of(attention, states(attention, 0, 2, length))
     attended = attend(attention, inputs)
-    chosen, _ = attention._chosen(attention._scored(inputs, Shard(num_heads=4)))
+    chosen, _ = attention._chosen(scored_by(attention.gate, inputs, Shard(num_heads=4)))
     chosen = np.asarray(chosen)
     row = np.arange(length) // (SIZE if kind in ("prefill", "double") else 1)
     heads = np.arange(4) * chosen.shape[1] // 4
@@ -172,12 +173,14 @@ def test_overflow_is_counted_and_keeps_the_best():
     whole, cut = (make("prefill", threshold=0.01, capacity=n) for n in (None, 3))
     inputs = inputs_of(whole, states(whole, 0, 2, 64))
     shard = Shard(num_heads=4)
-    (chosen, none), (kept, overflow) = (a._chosen(a._scored(inputs, shard)) for a in (whole, cut))
+    (chosen, none), (kept, overflow) = (
+        a._chosen(scored_by(a.gate, inputs, shard)) for a in (whole, cut)
+    )
     count = np.asarray(chosen).sum(-1)
     assert none == 0 < overflow == (count > 3).mean()
     np.testing.assert_array_equal(np.asarray(kept).sum(-1), np.minimum(count, 3))
     assert (np.asarray(chosen) | ~np.asarray(kept)).all()
-    scores = np.asarray(whole._scored(inputs, shard).scores)
+    scores = np.asarray(scored_by(whole.gate, inputs, shard).scores)
     past = np.arange(8) < np.arange(8)[:, None]
     dropped, taken = chosen & ~kept, np.asarray(kept) & past
     best_dropped = np.where(dropped, scores, -np.inf).max(-1)
@@ -277,7 +280,7 @@ def test_gates_find_more_of_the_true_blocks_than_averages_do(kind):
         projection.kernel[...] *= 2  # so that attention is not even
     attention = trained_gate(attention, 100)
     inputs = inputs_of(attention, with_outliers(jax.random.key(0)))
-    scored = attention._scored(inputs, shard)
+    scored = scored_by(attention.gate, inputs, shard)
     _, lse = attention._dense(inputs, shard)
     target, _ = attention._target(inputs, shard, lse, scored)
     everything = jnp.ones(inputs.key.shape[:2], bool)
@@ -373,3 +376,49 @@ def test_refuses_options(options, message):
 def test_refuses_gates_that_the_heads_do_not_allow(options, message):
     with pytest.raises(ValueError, match=message):
         make("prefill", **options)
+
+
+DECODED = {
+    "first": ("decode", {"token_budget": 3 * SIZE, "keeps_first": True}),
+    "threshold": ("group", {"threshold": 0.3}),
+    "capacity": ("group", {"threshold": 0.05, "capacity": 2}),
+    "dense": ("group", {}),
+    "more_than_there_are": ("decode", {"token_budget": 512}),
+}
+
+
+@pytest.mark.representative("first", "capacity")
+@pytest.mark.parametrize("case", DECODED)
+def test_decodes_what_the_whole_sequence_gives(case):
+    """After a prompt that ends inside a block; blocks end while one token comes after another."""
+    kind, options = DECODED[case]
+    attention, length = make(kind, **options), 45
+    x = states(attention, 0, 2, length)
+    positions = jnp.tile(jnp.arange(length), (2, 1))
+    whole = jax.jit(attention)(x, positions, None).output
+    decode, start = jax.jit(attention.decode), jnp.asarray([13, 20])
+    cache = attention.init_cache(2, length)
+    _, cache = decode(x[:, :20], jnp.zeros(2, jnp.int32), cache, start)
+    for _ in range(25):
+        rows = jnp.arange(2)
+        found, cache = decode(x[rows, start][:, None], start, cache)
+        limit = 1e-5 * np.abs(whole).max()
+        np.testing.assert_allclose(found[:, 0], whole[rows, start], atol=limit)
+        start = start + 1
+
+
+def test_cached_keys_are_those_of_the_whole_sequence():
+    """Turned by their first token, also where single tokens ended them."""
+    attention, length = make("group", token_budget=2 * SIZE), 45
+    x = states(attention, 0, 1, length)
+    inputs = inputs_of(attention, x)
+    options, whole = attention.options, length // SIZE
+    pooled = _gates.pool(inputs.unrotated_key, SIZE, options.key_pools, jnp.ones((1, length), bool))
+    expected = attention.gate.keys(pooled, SIZE * jnp.arange(pooled.shape[1])[None])
+    cache, decode = attention.init_cache(1, length), jax.jit(attention.decode)
+    for start, count in [(0, 19), *((n, 1) for n in range(19, length))]:
+        _, cache = decode(x[:, start : start + count], jnp.asarray([start]), cache)
+    found = cache["block_key"][0]
+    np.testing.assert_allclose(found[:, :whole], expected[:, :whole], atol=1e-5)
+    assert not found[:, whole:].any()  # is not over
+    assert cache["unrotated_key"].shape[2] == SIZE

@@ -5,10 +5,12 @@ Everything comes from the files: other shapes, seeds and settings pass unchanged
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pallas_kernels import BlockMask, block_sparse_attention
 from sparseformer_jax.attention import _block_choice, _gates
 from sparseformer_jax.model.config import ModelConfig
 from tests.golden import loading
@@ -297,3 +299,15 @@ def test_decode_choices(name):
         for kind, choice in chosen.items():
             expected = stored[f"mask_{kind}"][step]
             np.testing.assert_array_equal((choice | newest)[:, :, 0], expected, err_msg=kind)
+
+
+@cases("prefill", "attn_out_sparse")
+def test_sparse_outputs(name):
+    """Of the first threshold, with dense last rows; the release's masks may lack a row's own."""
+    config, stored = FILES[name]["config"], loading.arrays("seer", name)
+    chosen = jnp.asarray(stored[f"mask_threshold_{config['thresholds'][0]}_lastdense"])
+    length, size = config["seq"], config["block"]
+    mask = BlockMask.from_block_map(chosen, length, length, size, size, is_causal=True)
+    arrays = (jnp.asarray(stored[x]) for x in ("q_rope", "k_rope", "v"))
+    output = jax.jit(lambda *x: block_sparse_attention(*x, is_causal=True))(*arrays, mask)
+    close(np.moveaxis(output, 1, 2), stored["attn_out_sparse"])

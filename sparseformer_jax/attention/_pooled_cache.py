@@ -1,0 +1,88 @@
+"""What decoding keeps for gates of single queries: pooled keys of blocks that are over.
+
+Beside keys and values of all tokens, the last P keys before their rotation. A block is pooled,
+projected and turned, by the position of its first token, when its last token comes.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparseformer_jax import mesh
+from sparseformer_jax.attention import _cache
+from sparseformer_jax.attention._cache import Cache
+from sparseformer_jax.attention._gates import BlockGate, pool
+from sparseformer_jax.attention.inputs import Inputs
+from sparseformer_jax.model.config import ModelConfig
+
+# Logical axes of what is none of `Inputs`.
+AXES: Mapping[str, tuple[str | None, ...]] = {"block_key": ("batch", None, "kv_heads", None)}
+
+_OPEN = "unrotated_key"
+
+
+def empty(config: ModelConfig, size: int, gate_dim: int, tokens: tuple[int, int, int]) -> Cache:
+    """Returns the empty cache of R layers, B sequences and S tokens, over the mesh if any.
+
+    Args:
+      config: of the model.
+      size: P, tokens in a block.
+      gate_dim: D, entries of a pooled key.
+      tokens: R, B and S.
+    """
+    layers, batch, length = tokens
+    shape = (layers, batch, -(-length // size), config.num_kv_heads, gate_dim)
+    blocks = {"block_key": jnp.zeros(shape, config.dtypes[1])}
+    if mesh.is_active():
+        blocks = jax.tree.map(jax.reshard, blocks, _cache.partition(blocks, AXES))
+    last = _cache.empty((_OPEN,), config, (layers, batch, size))
+    return _cache.empty(_cache.KEYS, config, tokens) | last | blocks
+
+
+def write(
+    cache: Cache, gate: BlockGate, inputs: Inputs, start: Int[Array, " B"], layer: Any
+) -> Cache:
+    """Returns the cache with more tokens in a layer, and the blocks that they end."""
+    tokens = {name: cache[name] for name in _cache.KEYS}
+    tokens = _cache.write(tokens, inputs, start, layer)
+    size = gate.options.block_size
+    seen, _, last = _cache.push({_OPEN: cache[_OPEN]}, inputs, start, layer, size)
+    everything = jnp.ones(seen.unrotated_key.shape[:2], bool)
+    pooled = pool(seen.unrotated_key, size, gate.options.key_pools, everything)
+    positions = seen.positions[1][:, ::size]
+    keys = gate.keys(pooled, positions)
+    count = jnp.sum(inputs.weights[0] > 0, axis=1)
+    ends = positions + size
+    is_over = (start[:, None] < ends) & (ends <= (start + count)[:, None])
+    kept = cache["block_key"]
+    # What is not over goes to places that do not exist, and so is dropped.
+    places = jnp.where(is_over, positions // size, kept.shape[2] + jnp.arange(keys.shape[1]))
+    rows = jnp.arange(len(start))[:, None]
+    target = kept.at[layer, rows, places]
+    blocks = target.set(keys.astype(kept.dtype), unique_indices=True, mode="drop")
+    return tokens | last | {"block_key": blocks}
+
+
+def gather(
+    cache: Cache, chosen: Bool[Array, "B K J"], size: int, most: int, layer: Any
+) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Int[Array, "B K C"]]:
+    """Returns keys, values and positions of the chosen blocks alone; -1 where there are fewer.
+
+    Args:
+      cache: of the tokens.
+      chosen: blocks of each key/value head.
+      size: P, tokens in a block.
+      most: blocks that are chosen of any head.
+      layer: which of the layers.
+    """
+    is_one, block = jax.lax.top_k(chosen.astype(jnp.int32), most)
+    places = block[..., None] * size + jnp.arange(size)
+    places = jnp.where(is_one[..., None] > 0, places, -1).reshape(*chosen.shape[:2], -1)
+    rows, heads = (jnp.arange(n) for n in chosen.shape[:2])
+    length = cache["key"].shape[2]
+    at = (layer, rows[:, None, None], jnp.clip(places, 0, length - 1), heads[:, None])
+    key, value = (cache[name].at[at].get().swapaxes(1, 2) for name in _cache.KEYS)
+    return key, value, jnp.where(places < length, places, -1)
