@@ -65,3 +65,9 @@ def divergence(
     log_target = jnp.log(jnp.where(is_some, target, 1))
     terms = target * (log_target - log_shares(scores, visible))
     return jnp.sum(jnp.where(is_some, terms, 0), axis=-1)
+
+
+def fraction(part: Array, whole: Array) -> Float[Array, "B n M"]:
+    """Returns the sum over a row's blocks divided by that of another; 1 where that is 0."""
+    part, whole = (jnp.sum(x, axis=-1, dtype=jnp.float32) for x in (part, whole))
+    return jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 1)

@@ -63,14 +63,35 @@ def pooled(
 
 
 def of_tokens(
-    rows: Float[Array, "B M"], size: int, is_kept: Bool[Array, "B T"]
+    rows: Float[Array, "B M"], size: int, segment_ids: Int[Array, "B T"] | None, length: int
 ) -> Float[Array, "B T"]:
-    """Returns what each row says to the tokens that it pools; 0 to the others."""
-    return jnp.where(is_kept, jnp.repeat(rows, size, axis=1)[:, : is_kept.shape[1]], 0)
+    """Returns what each row says to the tokens of its first document; 0 to the others."""
+    tokens = jnp.repeat(rows, size, axis=1)[:, :length]
+    if segment_ids is None:
+        return tokens
+    documents = jnp.repeat(segment_ids[:, ::size], size, axis=1)[:, :length]
+    return jnp.where(segment_ids == documents, tokens, 0)
 
 
-def attended_tokens(places: Int[Array, " T"], num_keys: int, size: int) -> Int[Array, "T J"]:
-    """Returns how many tokens of each block of keys causal queries at these places would see."""
+def density(
+    chosen: Bool[Array, "B n M J"], places: Int[Array, " T"], num_keys: int, size: int
+) -> Float[Array, ""]:
+    """Returns the causal pairs of chosen blocks, of all that as many queries have on average.
+
+    So its mean over equal parts of a sequence is the density of the whole.
+
+    Args:
+      chosen: for each row, a block of queries or a single one.
+      places: of the queries in the sequence, which is taken for one document.
+      num_keys: S, of the sequence.
+      size: P, tokens in a block.
+    """
     starts = jnp.arange(0, num_keys, size)
     lengths = jnp.minimum(starts + size, num_keys) - starts
-    return jnp.clip(places[:, None] + 1 - starts, 0, lengths)
+    pairs = jnp.clip(places[:, None] + 1 - starts, 0, lengths).astype(jnp.float32)
+    num_queries, rows = len(places), chosen.shape[2]
+    if rows < num_queries:
+        pairs = jnp.pad(pairs, [(0, -num_queries % size), (0, 0)])
+        pairs = jnp.sum(pairs.reshape(rows, size, -1), axis=1)
+    attended = jnp.sum(jnp.mean(chosen, axis=(0, 1), dtype=jnp.float32) * pairs)
+    return attended / (num_queries * (num_keys + 1) / 2)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from pallas_kernels import BlockMask, block_max_attention
@@ -35,6 +36,9 @@ from sparseformer_jax.model.config import ModelConfig
 
 # Of no document: queries that a block does not pool see nothing when its target is made.
 _NOWHERE = np.iinfo(np.int32).min
+# Queries whose targets and scores are held at once, of gates of single queries.
+_CHUNK = 1024
+_KEPT = "block_target"  # what of a chunk the backward pass does not make anew
 _CHOICES = ("density", "threshold", "token_budget")
 
 
@@ -189,11 +193,67 @@ class Method(RuleAttention):
     def _distilled(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Dense attention, and the loss of the gate that learns from it."""
         output, lse = self._dense(inputs, shard)
+        if self.options.gates == "prefill":
+            rows = self._rows(inputs, shard, lse)
+        else:
+            rows = self._rows_in_chunks(inputs, shard, lse)
+        loss = self._loss_of_tokens(rows.pop("loss"), inputs, shard)
+        diagnostics = {name: jnp.mean(x) for name, x in rows.items()}
+        return AttentionOutput(output, {"gate": loss}, diagnostics | {"density": jnp.ones(())})
+
+    def _rows(self, inputs: Inputs, shard: Shard, lse: jax.Array) -> dict[str, jax.Array]:
+        """What the gate is told of each row [B, M]: its loss, and how well it would choose.
+
+        "mass" is the part of the target that the chosen blocks have, "recall" that of the blocks
+        which the target itself would have chosen, "overflow" the heads that `capacity` cuts.
+        """
         scored = scored_by(self.gate, inputs, shard)
         target, visible = self._target(inputs, shard, lse, scored)
-        rows = _block_choice.divergence(target, scored.scores, visible)
-        loss = self._loss_of_tokens(jnp.mean(rows, axis=1), scored, shard, inputs.key.shape[1])
-        return AttentionOutput(output, {"gate": loss}, {"density": jnp.ones(())})
+        target = checkpoint_name(target, _KEPT)
+        rows = {"loss": _block_choice.divergence(target, scored.scores, visible)}
+        if self.options.chooses:
+            scores = jax.lax.stop_gradient(scored.scores)
+            chosen, overflow = self._chosen(dataclasses.replace(scored, scores=scores))
+            best = _block_choice.highest(
+                target, scored.past, self.options.most_blocks(target.shape[-1]) - 1
+            )
+            rows["mass"] = _block_choice.fraction(target * chosen, target)
+            rows["recall"] = _block_choice.fraction(best & chosen, best)
+            rows["overflow"] = overflow
+        return {name: jnp.mean(x, axis=1, dtype=jnp.float32) for name, x in rows.items()}
+
+    def _rows_in_chunks(self, inputs: Inputs, shard: Shard, lse: jax.Array) -> dict[str, jax.Array]:
+        """The same of some queries at a time; the backward pass makes theirs anew."""
+        length = inputs.query.shape[1]
+        width = min(_CHUNK, length)
+
+        def cut(x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, [(0, 0), (0, -length % width)] + [(0, 0)] * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(len(x), -1, width, *x.shape[2:]), 1, 0)
+
+        def chunk(of_chunk: tuple[Any, ...]) -> dict[str, jax.Array]:
+            number, query, unrotated, positions, ids, lse = of_chunk
+            own = dataclasses.replace(
+                inputs,
+                query=query,
+                unrotated_query=unrotated,
+                positions=(positions, inputs.positions[1]),
+                segment_ids=inputs.segment_ids and (ids, inputs.segment_ids[1]),
+            )
+            place = shard.query_offset + number * width
+            return self._rows(own, dataclasses.replace(shard, query_offset=place), lse)
+
+        ids = inputs.segment_ids and inputs.segment_ids[0]
+        arrays = (inputs.query, inputs.unrotated_query, inputs.positions[0], ids, lse)
+        chunks = jax.tree.map(cut, arrays)
+        # The target is kept: it costs a product of all queries and keys.
+        policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+        chunk = jax.checkpoint(chunk, policy=policy)
+        rows = jax.lax.map(chunk, (jnp.arange(-(-length // width)), *chunks))
+        return {
+            name: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
+            for name, x in rows.items()
+        }
 
     def _dense(self, inputs: Inputs, shard: Shard) -> tuple[jax.Array, jax.Array]:
         """Dense attention [B, T, N, H], and its log-sum-exp [B, T, N]."""
@@ -230,15 +290,15 @@ class Method(RuleAttention):
             return _block_choice.shares_of(maxima, visible), visible
         return _block_choice.shares_of(maxima, scored.past, epsilon=1e-9), scored.past
 
-    def _loss_of_tokens(
-        self, rows: jax.Array, scored: Scored, shard: Shard, num_keys: int
-    ) -> jax.Array:
+    def _loss_of_tokens(self, rows: jax.Array, inputs: Inputs, shard: Shard) -> jax.Array:
         """Gives each token the loss of its row, so that the mean over tokens is that over rows."""
+        num_keys = inputs.key.shape[1]
         options, size = self.options, self.options.block_size
         num_blocks = -(-num_keys // size)
         if options.gates == "prefill":
             skipped = size * int(num_blocks * options.loss_start)
-            losses = _pooled_blocks.of_tokens(rows, size, scored.is_kept)
+            ids = inputs.segment_ids and inputs.segment_ids[0]
+            losses = _pooled_blocks.of_tokens(rows, size, ids, inputs.query.shape[1])
         else:
             skipped, losses = int(num_keys * options.loss_start), rows
         place = shard.query_offset + jnp.arange(losses.shape[1])
@@ -248,7 +308,7 @@ class Method(RuleAttention):
         return factor * jnp.where(place >= skipped, losses, 0)
 
     def _chosen(self, scored: Scored) -> tuple[jax.Array, jax.Array]:
-        """Which blocks rows attend to [B, n, M, J], and how many rows would have more."""
+        """Which blocks rows attend to [B, n, M, J], and which rows would have more [B, n, M]."""
         options, num_blocks = self.options, scored.scores.shape[-1]
         past, own, most = scored.past, scored.own, options.most_blocks(num_blocks)
         forced = jnp.broadcast_to(own, (len(past), *own.shape[1:]))
@@ -258,11 +318,11 @@ class Method(RuleAttention):
         free = past & ~forced
         # The most that any row forces is 2: at the first block both are one.
         count = most - 1 - options.keeps_first
-        overflow = jnp.zeros(())
+        overflow = jnp.zeros(scored.scores.shape[:-1], bool)
         if options.threshold is not None:
             seen = past | own if options.gates == "prefill" else past
             above = free & _block_choice.above(scored.scores, seen, options.threshold)
-            overflow = jnp.mean(jnp.sum(above, axis=-1) > count, dtype=jnp.float32)
+            overflow = jnp.sum(above, axis=-1) > count
             free = above
         chosen = forced | _block_choice.highest(scored.scores, free, count)
         if options.dense_rows:
@@ -277,8 +337,9 @@ class Method(RuleAttention):
         output = self._attend_map(inputs, chosen, shard.query_offset)
         places = shard.query_offset + jnp.arange(inputs.query.shape[1])
         num_keys, size = inputs.key.shape[1], self.options.block_size
-        density = _density(chosen, places, num_keys, size)
-        return AttentionOutput(output, diagnostics={"density": density, "overflow": overflow})
+        density = _pooled_blocks.density(chosen, places, num_keys, size)
+        share = jnp.mean(overflow, dtype=jnp.float32)
+        return AttentionOutput(output, diagnostics={"density": density, "overflow": share})
 
     def _attend_map(self, inputs: Inputs, chosen: jax.Array, offset: Any) -> jax.Array:
         """Attention to a map of blocks [B, n, M, J]."""
@@ -328,14 +389,3 @@ class Method(RuleAttention):
 
         key, value = (cache[name][layer] for name in _cache.KEYS)
         return jax.vmap(row)(inputs.query, key, value, chosen, start)
-
-
-def _density(chosen: jax.Array, places: jax.Array, num_keys: int, size: int) -> jax.Array:
-    """The chosen pairs of local queries, of all pairs that as many would have on average."""
-    pairs = _pooled_blocks.attended_tokens(places, num_keys, size).astype(jnp.float32)
-    num_queries, rows = len(places), chosen.shape[2]
-    if rows < num_queries:
-        padded = jnp.pad(pairs, [(0, -num_queries % size), (0, 0)])
-        pairs = jnp.sum(padded.reshape(rows, size, -1), axis=1)
-    attended = jnp.sum(jnp.mean(chosen, axis=(0, 1), dtype=jnp.float32) * pairs)
-    return attended / (num_queries * (num_keys + 1) / 2)
