@@ -80,6 +80,7 @@ def states(attention, seed, batch, length):
     return jnp.asarray(3 * normal(seed, batch, length, attention.config.embed_dim))
 
 
+@pytest.mark.representative("double", "decode")
 @kinds
 def test_documents_of_whole_blocks_learn_as_if_alone(kind):
     attention = make(kind, loss_start=0.0)
@@ -93,6 +94,7 @@ def test_documents_of_whole_blocks_learn_as_if_alone(kind):
     assert found.max() > 0.01
 
 
+@pytest.mark.representative("prefill", "group")
 @kinds
 def test_documents_do_not_move_what_others_learn_or_see(kind):
     choice = {"token_budget": 2 * SIZE}
@@ -110,6 +112,7 @@ def sparse_outputs(attention, *arrays):
     return np.asarray(attend(attention, inputs_of(attention, *arrays)).output)
 
 
+@pytest.mark.representative("prefill")
 @pytest.mark.parametrize("kind", ["prefill", "double"])
 def test_later_blocks_do_not_move_what_is_chosen(kind):
     attention = make(kind, density=0.4)
@@ -132,6 +135,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.representative("rows", "threshold", "queries")
 @pytest.mark.parametrize("case", CHOICES)
 def test_attends_to_the_tokens_of_chosen_blocks(case):
     kind, options = CHOICES[case]
@@ -189,6 +193,7 @@ def test_overflow_is_counted_and_keeps_the_best():
     assert attend(cut, inputs).diagnostics["overflow"] == pytest.approx(overflow.mean())
 
 
+@pytest.mark.representative("prefill-*")
 @pytest.mark.parametrize(
     ("kind", "choice", "sizes"),
     [
@@ -208,6 +213,7 @@ def test_a_device_needs_whole_blocks_of_queries():
         assert_same_on_mesh(attention, {"context": 8}, 32)
 
 
+@pytest.mark.representative("double", "decode")
 @kinds
 def test_losses_are_means_over_rows_that_count(kind):
     """Half of the rows do; the released mean is that of rows, divided by their blocks."""
@@ -223,6 +229,7 @@ def test_losses_are_means_over_rows_that_count(kind):
     np.testing.assert_allclose(weighed, 10 * half, rtol=1e-5)
 
 
+@pytest.mark.representative("prefill", "group")
 @kinds
 def test_training_attends_densely_and_moves_gates_alone(kind):
     attention = make(kind, token_budget=2 * SIZE)
@@ -442,6 +449,7 @@ def test_queries_learn_in_chunks_what_they_learn_at_once(monkeypatch):
         assert chunks.diagnostics[name] == pytest.approx(float(value), abs=1e-6), name
 
 
+@pytest.mark.representative("prefill", "group")
 @kinds
 def test_reports_how_well_gates_would_choose(kind):
     """Where all is chosen, nothing is missed; else the best blocks of the target are the most."""
