@@ -179,13 +179,11 @@ class Method(RuleAttention):
     def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns dense attention and the gate's loss in training, else what the gate chooses.
 
-        A gate of whole blocks of queries has none to look at where they start anywhere, as in
-        decoding: there attention is dense.
+        Without keys to pool attention is dense.
         """
         if inputs.noise is not None:
             return self._distilled(inputs, shard)
-        is_anywhere = inputs.query.shape[1] < inputs.key.shape[1] and not shard.seq_axes
-        if not self.options.chooses or (is_anywhere and not self.chooses_in_decoding):
+        if not self.options.chooses or inputs.unrotated_key is None:
             output = super().attend(inputs, shard).output
             return AttentionOutput(output, diagnostics={"density": jnp.ones(())})
         return self._attend_chosen(inputs, shard)
@@ -362,6 +360,8 @@ class Method(RuleAttention):
     ) -> tuple[jax.Array, Cache]:
         """Chooses by the pooled keys of the cache, and reads the keys of what is chosen."""
         if not self.chooses_in_decoding:
+            # Queries that start anywhere make no blocks.
+            inputs = dataclasses.replace(inputs, unrotated_query=None, unrotated_key=None)
             return super()._decode(inputs, start, cache, layer, shard)
         size, (batch, num_queries) = self.options.block_size, inputs.query.shape[:2]
         cache = _pooled_cache.write(cache, self.gate, inputs, start, layer)

@@ -19,6 +19,7 @@ from sparseformer_jax.attention._gate_scores import scored_by
 from sparseformer_jax.attention.inputs import Noise, Shard
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.loss import cross_entropy
+from sparseformer_jax.model.rotary import rotary
 from sparseformer_jax.training.state import ModelDef
 from tests.attention.comparison import assert_same_on_mesh, make_attention
 from tests.model.harness import normal, packed
@@ -465,3 +466,36 @@ def test_reports_how_well_gates_would_choose(kind):
         else:
             assert 0 < found["mass"] < 1
             assert 0 < found["recall"] < 1
+
+
+@pytest.mark.representative("prefill")
+@pytest.mark.parametrize("kind", ["prefill", "double"])
+def test_gates_of_blocks_leave_decoding_dense(kind):
+    """Whether or not a prompt fills the cache."""
+    attention, dense = make(kind, density=0.3), make_attention("dense", {})
+    for shared in ("query", "key", "value", "out"):
+        setattr(dense, shared, getattr(attention, shared))
+    x = states(attention, 0, 2, 40)
+    for size in (40, 45):
+
+        def run(module, size=size):
+            start = jnp.zeros(2, jnp.int32)
+            prompt, cache = module.decode(x, start, module.init_cache(2, size))
+            one, _ = module.decode(x[:, :1], start + size - 1, cache)
+            return prompt, one
+
+        for found, expected in zip(jax.jit(run)(attention), jax.jit(run)(dense), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_gates_turn_as_the_model_does():
+    """With its scaling, and as large a part of their entries."""
+    scaling = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_positions": 64}
+    model = {"head_dim": 8, "partial_rotary_factor": 0.5, **scaling}
+    attention = make_attention("seer", GATES["prefill"], **model)
+    x = jnp.asarray(normal(0, 1, 5, 4, 8))
+    positions = SIZE * jnp.arange(5)[None]
+    expected = rotary(x, positions, attention.config)
+    np.testing.assert_array_equal(attention.gate.queries(x, positions), expected)
+    wide = make_attention("seer", GATES["double"] | {"gate_dim": 16}, **model)
+    assert wide.gate.config.rotary_dim == 8
