@@ -69,7 +69,7 @@ def write(
 def gather(
     cache: Cache, chosen: Bool[Array, "B K J"], size: int, most: int, layer: Any
 ) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Int[Array, "B K C"]]:
-    """Returns keys, values and positions of the chosen blocks alone; -1 where there are fewer.
+    """Returns keys, values and positions of the chosen blocks; -1 where none is chosen.
 
     Args:
       cache: of the tokens.
@@ -78,11 +78,15 @@ def gather(
       most: blocks that are chosen of any head.
       layer: which of the layers.
     """
+    length = cache["key"].shape[2]
+    if most == chosen.shape[-1]:  # any may be chosen, so all are read as they lie
+        is_one = jnp.repeat(chosen, size, axis=-1)[..., :length]
+        key, value = (cache[name][layer] for name in _cache.KEYS)
+        return key, value, jnp.where(is_one, jnp.arange(length), -1)
     is_one, block = jax.lax.top_k(chosen.astype(jnp.int32), most)
     places = block[..., None] * size + jnp.arange(size)
     places = jnp.where(is_one[..., None] > 0, places, -1).reshape(*chosen.shape[:2], -1)
     rows, heads = (jnp.arange(n) for n in chosen.shape[:2])
-    length = cache["key"].shape[2]
     at = (layer, rows[:, None, None], jnp.clip(places, 0, length - 1), heads[:, None])
     key, value = (cache[name].at[at].get().swapaxes(1, 2) for name in _cache.KEYS)
     return key, value, jnp.where(places < length, places, -1)
