@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from pallas_kernels import BlockMask, block_max_attention
 from pallas_kernels.rules import Dense, Rule
 from sparseformer_jax.attention import _block_choice, _cache, _gates, _pooled_blocks, _pooled_cache
+from sparseformer_jax.attention._block_selection import SelectionOptions, choose
 from sparseformer_jax.attention._block_sparse import attend_blocks, check_implementation
 from sparseformer_jax.attention._by_rule import RuleAttention
 from sparseformer_jax.attention._cache import Cache
@@ -39,21 +40,13 @@ _NOWHERE = np.iinfo(np.int32).min
 # Queries whose targets and scores are held at once, of gates of single queries.
 _CHUNK = 1024
 _KEPT = "block_target"  # what of a chunk the backward pass does not make anew
-_CHOICES = ("density", "threshold", "token_budget")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(_gates.GateOptions):
-    """Options of SeerAttention, beside those of its gates.
+class Options(SelectionOptions):
+    """Options of SeerAttention, beside those of its gates and of what they choose.
 
     Attributes:
-      density: of all pairs, kept by as many blocks for each block of queries; "prefill" only.
-        This and the next two choose in evaluation, one of them; none: attention is dense.
-      threshold: on a block's share, the softmax of the gate's scores.
-      token_budget: keys that a query sees at most, in whole blocks, its own counted.
-      keeps_first: the first block of a document is always kept.
-      dense_rows: the last blocks of queries that attend densely; the release has 2.
-      capacity: most blocks that `threshold` keeps for a row, the best; None: any number.
       loss_reduction: "row_mean" is KL in nats; "element_mean", as released, divides it by the
         number of blocks.
       loss_start: fraction of the sequence whose rows, the first, the loss leaves out.
@@ -61,12 +54,6 @@ class Options(_gates.GateOptions):
       implementation: of the kernel, see `block_sparse_attention`; None: the best here.
     """
 
-    density: float | None = None
-    threshold: float | None = None
-    token_budget: int | None = None
-    keeps_first: bool = False
-    dense_rows: int = 0
-    capacity: int | None = None
     loss_reduction: Literal["row_mean", "element_mean"] = "row_mean"
     loss_start: float = 0.25
     loss_weight: float = 1.0
@@ -74,42 +61,8 @@ class Options(_gates.GateOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = {n: getattr(self, n) for n in _CHOICES if getattr(self, n) is not None}
-        if len(given) > 1:
-            raise ValueError(f"{given}: these choose blocks each in its own way; set one")
-        for name in ("density", "threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name}={value} must be above 0 and at most 1")
-        least = self.block_size * (1 + self.keeps_first)
-        if self.token_budget is not None and self.token_budget < least:
-            raise ValueError(
-                f"token_budget={self.token_budget} must be at least {least}, what is always kept"
-            )
-        if self.capacity is not None and (self.threshold is None or self.capacity < 2):
-            raise ValueError(f"capacity={self.capacity} bounds a threshold, and by at least 2")
-        if self.gates == "decode" and (self.density is not None or self.dense_rows):
-            raise ValueError(
-                "gates='decode' has no density and no dense_rows; set threshold or token_budget"
-            )
-        if self.dense_rows < 0:
-            raise ValueError(f"dense_rows={self.dense_rows} must not be negative")
         if not 0 <= self.loss_start < 1:
             raise ValueError(f"loss_start={self.loss_start} must be at least 0 and below 1")
-
-    @property
-    def chooses(self) -> bool:
-        """Whether attention is sparse in evaluation."""
-        return any(getattr(self, name) is not None for name in _CHOICES)
-
-    def most_blocks(self, num_blocks: int) -> int:
-        """Returns how many blocks a row keeps at most, its own counted."""
-        if self.token_budget is not None:
-            return min(self.token_budget // self.block_size, num_blocks)
-        if self.density is not None:
-            count = _block_choice.count_of_density(self.density, num_blocks)
-            return min(max(count, 1 + self.keeps_first), num_blocks)
-        return min(self.capacity or num_blocks, num_blocks)
 
 
 def check(options: Options, config: ConfigDict) -> None:
@@ -211,7 +164,7 @@ class Method(RuleAttention):
         rows = {"loss": _block_choice.divergence(target, scored.scores, visible)}
         if self.options.chooses:
             scores = jax.lax.stop_gradient(scored.scores)
-            chosen, overflow = self._chosen(dataclasses.replace(scored, scores=scores))
+            chosen, overflow = choose(self.options, dataclasses.replace(scored, scores=scores))
             best = _block_choice.highest(
                 target, scored.past, self.options.most_blocks(target.shape[-1]) - 1
             )
@@ -305,33 +258,9 @@ class Method(RuleAttention):
             factor /= num_blocks
         return factor * jnp.where(place >= skipped, losses, 0)
 
-    def _chosen(self, scored: Scored) -> tuple[jax.Array, jax.Array]:
-        """Which blocks rows attend to [B, n, M, J], and which rows would have more [B, n, M]."""
-        options, num_blocks = self.options, scored.scores.shape[-1]
-        past, own, most = scored.past, scored.own, options.most_blocks(num_blocks)
-        forced = jnp.broadcast_to(own, (len(past), *own.shape[1:]))
-        if options.keeps_first:
-            is_first = jnp.cumsum(past, axis=-1) == 1
-            forced = forced | (past & is_first)
-        free = past & ~forced
-        # The most that any row forces is 2: at the first block both are one.
-        count = most - 1 - options.keeps_first
-        overflow = jnp.zeros(scored.scores.shape[:-1], bool)
-        if options.threshold is not None:
-            seen = past | own if options.gates == "prefill" else past
-            above = free & _block_choice.above(scored.scores, seen, options.threshold)
-            overflow = jnp.sum(above, axis=-1) > count
-            free = above
-        chosen = forced | _block_choice.highest(scored.scores, free, count)
-        if options.dense_rows:
-            first = num_blocks - options.dense_rows
-            is_dense = jnp.any(own & (jnp.arange(num_blocks) >= first), axis=-1, keepdims=True)
-            chosen = chosen | (past & is_dense)
-        return chosen, overflow
-
     def _attend_chosen(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Attention to the chosen blocks, with their density and overflow."""
-        chosen, overflow = self._chosen(scored_by(self.gate, inputs, shard))
+        chosen, overflow = choose(self.options, scored_by(self.gate, inputs, shard))
         output = self._attend_map(inputs, chosen, shard.query_offset)
         places = shard.query_offset + jnp.arange(inputs.query.shape[1])
         num_keys, size = inputs.key.shape[1], self.options.block_size
@@ -370,7 +299,7 @@ class Method(RuleAttention):
         block = jnp.arange(scores.shape[-1])
         own = (inputs.positions[0] // size)[:, None, :, None]
         is_kept = jnp.ones((batch, num_queries), bool)
-        chosen, _ = self._chosen(Scored(scores, block < own, block == own, is_kept))
+        chosen, _ = choose(self.options, Scored(scores, block < own, block == own, is_kept))
         if num_queries > 1:
             return self._attend_maps(inputs, chosen, start, cache, layer), cache
         most = self.options.most_blocks(len(block))

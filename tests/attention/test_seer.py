@@ -15,6 +15,7 @@ from jax.extend.core import jaxprs_in_params
 
 from sparseformer_jax import registry
 from sparseformer_jax.attention import _block_choice, _gates, seer
+from sparseformer_jax.attention._block_selection import choose
 from sparseformer_jax.attention._gate_scores import scored_by
 from sparseformer_jax.attention.inputs import Noise, Shard
 from sparseformer_jax.checks import ConfigError
@@ -143,7 +144,7 @@ def test_attends_to_the_tokens_of_chosen_blocks(case):
     attention, length = make(kind, **options), 45
     inputs = inputs_of(attention, states(attention, 0, 2, length))
     attended = attend(attention, inputs)
-    chosen, _ = attention._chosen(scored_by(attention.gate, inputs, Shard(num_heads=4)))
+    chosen, _ = choose(attention.options, scored_by(attention.gate, inputs, Shard(num_heads=4)))
     chosen = np.asarray(chosen)
     row = np.arange(length) // (SIZE if kind in ("prefill", "double") else 1)
     heads = np.arange(4) * chosen.shape[1] // 4
@@ -179,7 +180,7 @@ def test_overflow_is_counted_and_keeps_the_best():
     inputs = inputs_of(whole, states(whole, 0, 2, 64))
     shard = Shard(num_heads=4)
     (chosen, none), (kept, overflow) = (
-        a._chosen(scored_by(a.gate, inputs, shard)) for a in (whole, cut)
+        choose(a.options, scored_by(a.gate, inputs, shard)) for a in (whole, cut)
     )
     count = np.asarray(chosen).sum(-1)
     assert not none.any()

@@ -1,0 +1,101 @@
+"""Which blocks of keys rows attend to: how many, which always, and those of the highest scores."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sparseformer_jax.attention import _block_choice
+from sparseformer_jax.attention._gate_scores import Scored
+from sparseformer_jax.attention._gates import GateOptions
+
+_CHOICES = ("density", "threshold", "token_budget")
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionOptions(GateOptions):
+    """How many blocks a row keeps, beside what gates are made of.
+
+    Attributes:
+      density: of all pairs, kept by as many blocks for each block of queries; "prefill" only.
+        This and the next two choose in evaluation, one of them; none: attention is dense.
+      threshold: on a block's share, the softmax of the gate's scores.
+      token_budget: keys that a query sees at most, in whole blocks, its own counted.
+      keeps_first: the first block of a document is always kept.
+      dense_rows: the last blocks of queries that attend densely; the release has 2.
+      capacity: most blocks that `threshold` keeps for a row, the best; None: any number.
+    """
+
+    density: float | None = None
+    threshold: float | None = None
+    token_budget: int | None = None
+    keeps_first: bool = False
+    dense_rows: int = 0
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {n: getattr(self, n) for n in _CHOICES if getattr(self, n) is not None}
+        if len(given) > 1:
+            raise ValueError(f"{given}: these choose blocks each in its own way; set one")
+        for name in ("density", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value} must be above 0 and at most 1")
+        least = self.block_size * (1 + self.keeps_first)
+        if self.token_budget is not None and self.token_budget < least:
+            raise ValueError(
+                f"token_budget={self.token_budget} must be at least {least}, what is always kept"
+            )
+        if self.capacity is not None and (self.threshold is None or self.capacity < 2):
+            raise ValueError(f"capacity={self.capacity} bounds a threshold, and by at least 2")
+        if self.gates == "decode" and (self.density is not None or self.dense_rows):
+            raise ValueError(
+                "gates='decode' has no density and no dense_rows; set threshold or token_budget"
+            )
+        if self.dense_rows < 0:
+            raise ValueError(f"dense_rows={self.dense_rows} must not be negative")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether attention is sparse in evaluation."""
+        return any(getattr(self, name) is not None for name in _CHOICES)
+
+    def most_blocks(self, num_blocks: int) -> int:
+        """Returns how many blocks a row keeps at most, its own counted."""
+        if self.token_budget is not None:
+            return min(self.token_budget // self.block_size, num_blocks)
+        if self.density is not None:
+            count = _block_choice.count_of_density(self.density, num_blocks)
+            return min(max(count, 1 + self.keeps_first), num_blocks)
+        return min(self.capacity or num_blocks, num_blocks)
+
+
+def choose(options: SelectionOptions, scored: Scored) -> tuple[jax.Array, jax.Array]:
+    """Returns which blocks rows attend to [B, n, M, J], and which would have more [B, n, M].
+
+    Args:
+      options: how many.
+      scored: the rows.
+    """
+    num_blocks = scored.scores.shape[-1]
+    past, own, most = scored.past, scored.own, options.most_blocks(num_blocks)
+    forced = jnp.broadcast_to(own, (len(past), *own.shape[1:]))
+    if options.keeps_first:
+        is_first = jnp.cumsum(past, axis=-1) == 1
+        forced = forced | (past & is_first)
+    free = past & ~forced
+    # The most that any row forces is 2: at the first block both are one.
+    count = most - 1 - options.keeps_first
+    overflow = jnp.zeros(scored.scores.shape[:-1], bool)
+    if options.threshold is not None:
+        seen = past | own if options.gates == "prefill" else past
+        above = free & _block_choice.above(scored.scores, seen, options.threshold)
+        overflow = jnp.sum(above, axis=-1) > count
+        free = above
+    chosen = forced | _block_choice.highest(scored.scores, free, count)
+    if options.dense_rows:
+        first = num_blocks - options.dense_rows
+        is_dense = jnp.any(own & (jnp.arange(num_blocks) >= first), axis=-1, keepdims=True)
+        chosen = chosen | (past & is_dense)
+    return chosen, overflow
