@@ -1,6 +1,7 @@
 """Which blocks of keys rows attend to: how many, which always, and those of the highest scores."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ class SelectionOptions(GateOptions):
       keeps_first: the first block of a document is always kept.
       dense_rows: the last blocks of queries that attend densely; the release has 2.
       capacity: most blocks that `threshold` keeps for a row, the best; None: any number.
+      selector: what scores blocks in evaluation: "gate"; to compare it with, "oracle" is what it
+        learns from, which costs dense attention, "mean_pooled" products of average queries and
+        keys, and "recent" the order of blocks, the last first.
     """
 
     density: float | None = None
@@ -32,6 +36,7 @@ class SelectionOptions(GateOptions):
     keeps_first: bool = False
     dense_rows: int = 0
     capacity: int | None = None
+    selector: Literal["gate", "oracle", "mean_pooled", "recent"] = "gate"
 
     def __post_init__(self) -> None:
         super().__post_init__()

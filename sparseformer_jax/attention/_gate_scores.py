@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparseformer_jax.attention import _gates, _pooled_blocks
-from sparseformer_jax.attention._gates import BlockGate
+from sparseformer_jax.attention._gates import BlockGate, GateOptions, pool
 from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.checks import ConfigError
 
@@ -64,6 +64,26 @@ def scored_by(gate: BlockGate, inputs: Inputs, shard: Shard) -> Scored:
     if documents is not None and blocks.documents is not None:
         past = past & (documents[:, :, None] == blocks.documents[:, None])[:, None]
     return Scored(scores, past, (block == own[:, None])[None, None], is_kept)
+
+
+def mean_pooled(options: GateOptions, inputs: Inputs) -> Float[Array, "B n M J"]:
+    """Returns products of average keys and queries after their rotation, which learn nothing.
+
+    As in MoBA, Lu et al. 2025, arXiv 2502.13189, section 2.2; here a document starts with a block.
+
+    Args:
+      options: of the rows, blocks of queries or single ones; those average over their group.
+      inputs: of the layer.
+    """
+    size, query, key = options.block_size, inputs.query, inputs.key
+
+    def averages(x: jax.Array) -> jax.Array:
+        return pool(x, size, ("avg",), jnp.ones(x.shape[:2], bool))
+
+    if options.gates == "prefill":
+        return _gates.scores(averages(query), averages(key))
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
+    return _gates.scores(jnp.mean(grouped, axis=3), averages(key))
 
 
 def _with_own(scores: jax.Array, queries: jax.Array, keys: jax.Array, own: jax.Array) -> jax.Array:

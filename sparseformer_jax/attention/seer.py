@@ -30,9 +30,10 @@ from sparseformer_jax.attention._block_selection import SelectionOptions, choose
 from sparseformer_jax.attention._block_sparse import attend_blocks, check_implementation
 from sparseformer_jax.attention._by_rule import RuleAttention
 from sparseformer_jax.attention._cache import Cache
-from sparseformer_jax.attention._gate_scores import Scored, scored_by
+from sparseformer_jax.attention._gate_scores import Scored, mean_pooled, scored_by
 from sparseformer_jax.attention.base import AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
+from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.config import ModelConfig
 
 # Of no document: queries that a block does not pool see nothing when its target is made.
@@ -258,9 +259,25 @@ class Method(RuleAttention):
             factor /= num_blocks
         return factor * jnp.where(place >= skipped, losses, 0)
 
+    def _scored(self, inputs: Inputs, shard: Shard) -> Scored:
+        """Rows with the scores of the selector."""
+        scored = scored_by(self.gate, inputs, shard)
+        if self.options.selector == "gate":
+            return scored
+        if self.options.selector == "oracle":
+            _, lse = self._dense(inputs, shard)
+            target, _ = self._target(inputs, shard, lse, scored)
+            scores = jnp.log(jnp.maximum(target, jnp.finfo(target.dtype).tiny))
+        elif self.options.selector == "mean_pooled":
+            scores = mean_pooled(self.options, inputs)
+        else:
+            scores = jnp.arange(scored.scores.shape[-1], dtype=jnp.float32)
+        scores = jnp.broadcast_to(scores, scored.scores.shape)
+        return dataclasses.replace(scored, scores=scores)
+
     def _attend_chosen(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Attention to the chosen blocks, with their density and overflow."""
-        chosen, overflow = choose(self.options, scored_by(self.gate, inputs, shard))
+        chosen, overflow = choose(self.options, self._scored(inputs, shard))
         output = self._attend_map(inputs, chosen, shard.query_offset)
         places = shard.query_offset + jnp.arange(inputs.query.shape[1])
         num_keys, size = inputs.key.shape[1], self.options.block_size
@@ -288,6 +305,11 @@ class Method(RuleAttention):
         self, inputs: Inputs, start: jax.Array, cache: Cache, layer: Any, shard: Shard
     ) -> tuple[jax.Array, Cache]:
         """Chooses by the pooled keys of the cache, and reads the keys of what is chosen."""
+        if self.options.selector != "gate":
+            raise ConfigError(
+                f"attention.selector={self.options.selector!r}: generated text is read by gates "
+                "alone; take 'gate'"
+            )
         if not self.chooses_in_decoding:
             # Queries that start anywhere make no blocks.
             inputs = dataclasses.replace(inputs, unrotated_query=None, unrotated_key=None)

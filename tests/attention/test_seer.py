@@ -175,6 +175,53 @@ def test_attends_to_the_tokens_of_chosen_blocks(case):
         assert attention.density(length) == pytest.approx(density)
 
 
+@pytest.mark.representative("prefill", "group")
+@kinds
+def test_selectors_score_as_they_say(kind):
+    length, budget = 45, 3
+    is_prefill = kind in ("prefill", "double")
+    runs = {
+        name: make(kind, token_budget=budget * SIZE, selector=name)
+        for name in ("gate", "oracle", "mean_pooled", "recent")
+    }
+    inputs = inputs_of(runs["gate"], states(runs["gate"], 0, 2, length))
+    shard = Shard(num_heads=4)
+    scored = {name: a._scored(inputs, shard) for name, a in runs.items()}
+    query, key = (np.asarray(x, np.float64) for x in (inputs.query, inputs.key))
+    blocks = [slice(i, i + SIZE) for i in range(0, length, SIZE)]
+    means = np.stack([key[:, own].mean(1) for own in blocks], axis=1)
+    if is_prefill:
+        query = np.stack([query[:, own].mean(1) for own in blocks], axis=1)
+        means = np.repeat(means, 2, axis=2)
+    else:
+        query = query.reshape(*query.shape[:2], 2, 2, -1).mean(3)
+    products = np.einsum("bmnd,bjnd->bnmj", query, means) / math.sqrt(query.shape[-1])
+    np.testing.assert_allclose(scored["mean_pooled"].scores, products, atol=1e-5)
+
+    choices = {name: choose(a.options, scored[name])[0] for name, a in runs.items()}
+    own = np.arange(length) // SIZE if not is_prefill else np.arange(len(blocks))
+    is_last = (np.arange(len(blocks)) <= own[:, None]) & (
+        np.arange(len(blocks)) > own[:, None] - budget
+    )
+    np.testing.assert_array_equal(
+        choices["recent"], np.broadcast_to(is_last, choices["gate"].shape)
+    )
+    # Nothing keeps more of the target than what is chosen by it, the own block apart.
+    target = np.where(scored["oracle"].past, np.exp(np.asarray(scored["oracle"].scores)), 0)
+    mass = {name: (target * np.asarray(x)).sum(-1) for name, x in choices.items()}
+    for name in ("gate", "mean_pooled", "recent"):
+        assert (mass["oracle"] >= mass[name] - 1e-6).all()
+        assert mass["oracle"].sum() > mass[name].sum() + 1
+
+
+def test_text_is_generated_by_gates_alone():
+    attention = make("prefill", density=0.5, selector="oracle")
+    cache = attention.init_cache(1, 32)
+    x = jnp.asarray(normal(0, 1, 4, attention.config.embed_dim))
+    with pytest.raises(ConfigError, match=r"attention.selector='oracle': .*; take 'gate'"):
+        attention.decode(x, jnp.zeros(1, jnp.int32), cache)
+
+
 def test_overflow_is_counted_and_keeps_the_best():
     whole, cut = (make("prefill", threshold=0.01, capacity=n) for n in (None, 3))
     inputs = inputs_of(whole, states(whole, 0, 2, 64))
