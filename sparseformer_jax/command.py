@@ -121,6 +121,10 @@ def inherit(config: ConfigDict) -> bool:
     config.model = other.model
     if config.attention.name == "dense":
         config.attention = other.attention
+    else:
+        from sparseformer_jax import registry
+
+        registry.adopt("attention", config.attention, other.attention, other.model.num_layers)
     for key in ("tokenizer", "bos_token", "eos_token", "stop_tokens"):
         config.data[key] = other.data[key]
     config.init_settings = False

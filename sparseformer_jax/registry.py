@@ -2,8 +2,10 @@
 
 A method module has a frozen dataclass `Options`, its hyper-parameters with
 defaults, and a class `Method`. It may have `check(options, config) -> None`, which
-raises ValueError where the options and the rest of the config do not fit, and
-`notes(options) -> list[str]`, which returns what a run says of them as it starts.
+raises ValueError where the options and the rest of the config do not fit,
+`notes(options) -> list[str]`, which returns what a run says of them as it starts, and
+`adopt(other, num_layers) -> dict[str, Any]`, which returns options that follow from those of
+the run in `init_from` whose settings a run takes, and raises ValueError where they do not fit.
 """
 
 import dataclasses
@@ -89,6 +91,20 @@ def notes(kind: str, section: ConfigDict) -> list[str]:
     """Returns what the method named in a config section has to say of its options."""
     told = getattr(method(kind, section.name), "notes", None)
     return [] if told is None else told(options(kind, section))
+
+
+def adopt(kind: str, section: ConfigDict, other: ConfigDict, num_layers: int) -> None:
+    """Changes the options in a config section that follow from those of another run.
+
+    Raises ConfigError if the method cannot start from that run's.
+    """
+    adopted = getattr(method(kind, section.name), "adopt", None)
+    if adopted is None:
+        return
+    try:
+        section.update(adopted(options(kind, other), num_layers))
+    except ValueError as error:
+        raise ConfigError(f"{kind}.name={section.name!r}: {error}") from None
 
 
 def method_config(kind: str, name: str, **overrides: Any) -> ConfigDict:

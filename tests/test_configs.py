@@ -34,7 +34,7 @@ def test_every_size_is_valid(method, size):
 def test_a_run_may_start_from_a_pretrained_model(method, tmp_path):
     other = load("dense.py:tiny")
     other.model.mlp, other.data.bos_token = "geglu_tanh", ""
-    other.attention = registry.method_config("attention", "masformer", num_full_layers=0)
+    other.attention = registry.method_config("attention", "masformer", span="window", span_size=9)
     (tmp_path / "config.json").write_text(to_json(other))
     config = load(f"{method}.py:pretrained")
     with pytest.raises(ConfigError, match="init_settings=True: the settings of init_from"):
@@ -47,6 +47,8 @@ def test_a_run_may_start_from_a_pretrained_model(method, tmp_path):
     assert (config.model, config.data.bos_token) == (other.model, "")
     is_own = method in ("dense", *registry.names("sparsity"))
     assert config.attention.name == ("masformer" if is_own else method)
+    if method == "seer":
+        assert (config.attention.window_size, config.attention.window_layers) == (9, (1,))
     config.init_from = "absent"
     config.init_settings = True
     with pytest.raises(

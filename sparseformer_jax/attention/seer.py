@@ -13,7 +13,7 @@ is differentiated. In evaluation and decoding the gate chooses, if the options s
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -25,13 +25,21 @@ from ml_collections import ConfigDict
 
 from pallas_kernels import BlockMask, block_max_attention
 from pallas_kernels.rules import Dense, Rule
-from sparseformer_jax.attention import _block_choice, _cache, _gates, _pooled_blocks, _pooled_cache
+from sparseformer_jax.attention import (
+    _block_choice,
+    _cache,
+    _gates,
+    _pooled_blocks,
+    _pooled_cache,
+    dense,
+    masformer,
+)
 from sparseformer_jax.attention._block_selection import SelectionOptions, choose
 from sparseformer_jax.attention._block_sparse import attend_blocks, check_implementation
 from sparseformer_jax.attention._by_rule import RuleAttention
 from sparseformer_jax.attention._cache import Cache
 from sparseformer_jax.attention._gate_scores import Scored, mean_pooled, scored_by
-from sparseformer_jax.attention.base import AttentionOutput
+from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.config import ModelConfig
@@ -52,16 +60,28 @@ class Options(SelectionOptions):
         number of blocks.
       loss_start: fraction of the sequence whose rows, the first, the loss leaves out.
       loss_weight: of the loss beside others; the release has 10.
+      window_size: tokens that a query sees in `window_layers`, itself counted.
+      window_layers: the layers that attend to a window and have no gate, as the model does that
+        gates learn from; `pretrained` sizes take them from it.
       implementation: of the kernel, see `block_sparse_attention`; None: the best here.
     """
 
     loss_reduction: Literal["row_mean", "element_mean"] = "row_mean"
     loss_start: float = 0.25
     loss_weight: float = 1.0
+    window_size: int | None = None
+    window_layers: tuple[int, ...] = ()
     implementation: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.window_size is None) != (not self.window_layers):
+            raise ValueError(
+                f"window_size={self.window_size} and window_layers={self.window_layers}: "
+                "set both or none"
+            )
+        if self.window_size is not None and self.window_size < 1:
+            raise ValueError(f"window_size={self.window_size} must be at least 1")
         if not 0 <= self.loss_start < 1:
             raise ValueError(f"loss_start={self.loss_start} must be at least 0 and below 1")
 
@@ -78,6 +98,35 @@ def check(options: Options, config: ConfigDict) -> None:
     _gates.check_gates(options, model)
     if not model.is_causal:
         raise ValueError("name='seer' is a decoder's; set model.is_causal=True")
+    layers, gated = set(options.window_layers), set(range(model.num_layers))
+    if not layers < gated:
+        raise ValueError(
+            f"window_layers={options.window_layers}: name some, not all, of the layers "
+            f"0 to {model.num_layers - 1}"
+        )
+
+
+def adopt(other: Any, num_layers: int) -> dict[str, Any]:
+    """Returns the options that keep what the model attends to from which gates learn.
+
+    Args:
+      other: the options of its attention.
+      num_layers: of the model.
+
+    Raises:
+      ValueError: that is neither dense nor windows.
+    """
+    if isinstance(other, Options):
+        return {"window_size": other.window_size, "window_layers": other.window_layers}
+    if isinstance(other, masformer.Options) and other.span == "window":
+        layers = tuple(layer for layer in range(num_layers) if layer not in other.full)
+        return {"window_size": other.span_size, "window_layers": layers} if layers else {}
+    if isinstance(other, dense.Options):
+        return {}
+    raise ValueError(
+        "gates learn from dense attention and leave windows as they are; the run in init_from has "
+        f"{other}"
+    )
 
 
 def notes(options: Options) -> list[str]:
@@ -99,6 +148,21 @@ class Method(RuleAttention):
     def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, options, rngs=rngs)
         self.gate = _gates.BlockGate(config, options, rngs=rngs)
+
+    @classmethod
+    def layer_kinds(
+        cls, options: Options, num_layers: int
+    ) -> Sequence[tuple[type[Attention], Any]]:
+        """Returns this attention, or a window without a gate where the options name the layer."""
+        if options.window_size is None:
+            return super().layer_kinds(options, num_layers)
+        window = masformer.Options(
+            "window", options.window_size, 0, implementation=options.implementation
+        )
+        return [
+            (masformer.Method, window) if layer in options.window_layers else (cls, options)
+            for layer in range(num_layers)
+        ]
 
     def rule(self) -> Rule:
         """Returns the rule of dense attention, from which gates learn."""
