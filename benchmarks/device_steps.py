@@ -366,7 +366,7 @@ def training(parent: Parent, config: str, steps: int) -> None:
         config=config,
         tokens=tokens,
         tokens_per_second=per_second,
-        tflops=3 * cost.forward_flops * per_second / 1e12,
+        tflops=cost.training_flops * per_second / 1e12,
         losses=losses,
         temporary_mib=memory.temp_size_in_bytes / 2**20,
         passed=bool(np.isfinite(losses).all()),

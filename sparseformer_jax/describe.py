@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from sparseformer_jax import config as config_lib
 from sparseformer_jax import mesh, units
+from sparseformer_jax.attention._cost import Cost
 from sparseformer_jax.attention.base import Attention
 from sparseformer_jax.model.transformer import Transformer
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
@@ -26,21 +28,29 @@ class Costs:
     Attributes:
       parameters: all of them.
       trainable: those that get gradients.
-      forward_flops: of one token in a full sequence; a training step costs three times it.
-      densities: attended fraction of the (causal) pairs, layer by layer.
+      forward_flops: of one token in a full sequence, in evaluation.
+      passes: over the model in a training step, in forward passes: 3, or 1 where only what
+        methods detach from it trains.
+      own_flops: of a token in training, what methods compute beside attention, with its
+        backward pass.
+      training_flops: of a token in training, `passes` with the densities that it has, and those.
+      densities: attended fraction of the (causal) pairs in evaluation, layer by layer.
     """
 
     parameters: int
     trainable: int
     forward_flops: float
+    passes: int
+    own_flops: float
+    training_flops: float
     densities: tuple[float, ...]
 
 
 def costs(config: ConfigDict, model_def: ModelDef) -> Costs:
     """Returns the costs of a config at its `data.seq_len`.
 
-    Forward FLOPs of a token: 2 for each weight it is multiplied by, and 4 N H for each
-    key it attends to.
+    Forward FLOPs of a token: 2 for each weight it is multiplied by, 4 N H for each key it
+    attends to, and what methods compute besides.
     """
     model, seq_len = config.model, config.data.seq_len
     params = model_def.params
@@ -48,15 +58,38 @@ def costs(config: ConfigDict, model_def: ModelDef) -> Costs:
     if model.tie_embeddings:
         weights += model.vocab_size * model.embed_dim
     keys = (seq_len + 1) / 2 if model.is_causal else seq_len
-    layers = attention_layers(model_def.abstract_model())
-    densities = tuple(layer.density(seq_len) for layer in layers)
-    attention = 4 * model.num_heads * model.head_dim * keys * sum(densities)
+    layers = list(attention_layers(model_def.abstract_model()))
+    evaluation, training = (
+        [layer.cost(seq_len, is_training=is_training) for layer in layers]
+        for is_training in (False, True)
+    )
+
+    def one_pass(costs: list[Cost]) -> float:
+        pairs = 4 * model.num_heads * model.head_dim * keys
+        return 2 * weights + pairs * sum(cost.density for cost in costs)
+
+    passes = 3 if _through_model(model_def, layers) else 1
+    own = sum(cost.own for cost in training)
     return Costs(
         parameters=sum(v.size for v in params.values()),
         trainable=sum(params[name].size for name in model_def.trainable()),
-        forward_flops=2 * weights + attention,
-        densities=densities,
+        forward_flops=one_pass(evaluation) + sum(cost.own for cost in evaluation),
+        passes=passes,
+        own_flops=own,
+        training_flops=passes * one_pass(training) + own,
+        densities=tuple(cost.density for cost in evaluation),
     )
+
+
+def _through_model(model_def: ModelDef, layers: list[Attention]) -> bool:
+    """Whether anything trains whose gradients come through the model."""
+
+    def is_detached(name: str) -> bool:
+        found = re.fullmatch(r"layers/(\d+)/attention/([^/]+)/.*", name)
+        return found is not None and found[2] in layers[int(found[1])].detached
+
+    names = (layer for name in model_def.trainable() for layer in model_def.names.of(name))
+    return not all(map(is_detached, names))
 
 
 def attention_layers(model: Transformer) -> Iterator[Attention]:
@@ -77,7 +110,7 @@ def summary(config: ConfigDict, model_def: ModelDef) -> str:
         name = f"{name}, weights {config.sparsity.name} {' '.join(config.sparsity.targets)}"
     return (
         f"{name}: {units.count(cost.parameters)} parameters "
-        f"({units.count(cost.trainable)} trainable), {units.count(3 * cost.forward_flops)}FLOP to "
+        f"({units.count(cost.trainable)} trainable), {units.count(cost.training_flops)}FLOP to "
         f"train on a token, attention density {density:.3f}"
     )
 
@@ -102,12 +135,22 @@ def describe(config: ConfigDict) -> str:
         f"{_learned_state(model_def)}"
         f"{_sparsity(config, model_def)}"
         f"FLOPs per token: {units.count(cost.forward_flops)} forward, "
-        f"{units.count(3 * cost.forward_flops)} training\n"
+        f"{units.count(cost.training_flops)} training{_of_training(cost)}\n"
         f"memory per device: {units.size(state_bytes)} state, {units.size(temporary_bytes)} "
         f"gradients and activations (compiled for {jax.default_backend()}, mesh {_mesh(sizes)})\n"
         f"{_cache(config, model_def)}"
         f"attention density at {config.data.seq_len} tokens:\n{densities}"
     )
+
+
+def _of_training(cost: Costs) -> str:
+    """What else there is to training than three times a forward pass."""
+    parts = []
+    if cost.passes == 1:
+        parts.append("forward alone: no gradient goes through the model")
+    if cost.own_flops:
+        parts.append(f"{units.count(cost.own_flops)} of it the method's own, beside attention")
+    return "".join(f"; {part}" for part in parts)
 
 
 def _learned_state(model_def: ModelDef) -> str:
@@ -145,12 +188,13 @@ def training_flops(config: ConfigDict, model_def: ModelDef, *, dense: bool = Fal
     Hardware that skips what is dropped needs as many; others need those of a dense run.
     """
     train, steps = config.train, np.arange(config.train.num_steps)
-    tokens = train.batch_size * config.data.seq_len
-    all_steps = 3.0 * costs(config, model_def).forward_flops * len(steps)
+    tokens, cost = train.batch_size * config.data.seq_len, costs(config, model_def)
+    all_steps = cost.training_flops * len(steps)
     for name, target in () if dense else model_def.targets.items():
         if target.pattern is not None:
             used = model_def.sparsity.training_density(target.pattern, steps)
-            all_steps -= 6 * model_def.params[name].size * float(np.sum(1 - used))
+            dropped = model_def.params[name].size * float(np.sum(1 - used))
+            all_steps -= 2 * cost.passes * dropped
     return tokens * all_steps
 
 
@@ -170,6 +214,13 @@ def _cache(config: ConfigDict, model_def: ModelDef) -> str:
 
 def _memory(config: ConfigDict, model_def: ModelDef) -> tuple[int, int]:
     """Bytes of the state and of all temporaries on one device."""
+    compiled, state = compile_step(config, model_def)
+    memory: Any = compiled.memory_analysis()
+    return _local_bytes(state), memory.temp_size_in_bytes
+
+
+def compile_step(config: ConfigDict, model_def: ModelDef) -> tuple[jax.stages.Compiled, TrainState]:
+    """Returns a training step on the current mesh, and the shapes of its state; nothing is run."""
     num_steps = config.train.num_steps
     trainable = {name: model_def.params[name] for name in model_def.trainable()}
     optimizer = make_optimizer(config.optimizer, num_steps, trainable)
@@ -177,8 +228,7 @@ def _memory(config: ConfigDict, model_def: ModelDef) -> tuple[int, int]:
     device_mesh = jax.sharding.get_mesh()
     state = abstract_state(model_def, optimizer, device_mesh)
     batch = abstract_batch(config, device_mesh)
-    memory: Any = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
-    return _local_bytes(state), memory.temp_size_in_bytes
+    return jax.jit(step, donate_argnums=0).lower(state, batch).compile(), state
 
 
 def abstract_batch(

@@ -7,21 +7,24 @@ import jax
 import jax.numpy as jnp
 
 
-def weighed(name: str, loss: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the sum of a loss over tokens.
+def weighed(losses: Mapping[str, jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
+    """Returns the sum of each loss over tokens.
 
     Raises:
-      ValueError: it is not one number a token.
+      ValueError: one is not one number a token.
     """
-    if loss.shape != weights.shape:
-        raise ValueError(f"loss {name!r} of shape {loss.shape}: give one a token, {weights.shape}")
-    return jnp.sum(weights * loss.astype(jnp.float32))
+    for name, loss in losses.items():
+        if loss.shape != weights.shape:
+            raise ValueError(
+                f"loss {name!r} of shape {loss.shape}: give one a token, {weights.shape}"
+            )
+    return {name: jnp.sum(weights * x.astype(jnp.float32)) for name, x in losses.items()}
 
 
 def checked(
     axes: Mapping[str, tuple[str | None, ...]], statistics: dict[str, jax.Array]
 ) -> dict[str, Any]:
-    """Returns the statistics.
+    """Returns the statistics, without gradient.
 
     Raises:
       ValueError: they are not those that the method names, of as many dimensions.
@@ -31,4 +34,4 @@ def checked(
         raise ValueError(
             f"statistics of shapes {shapes} are not those of statistics_axes={dict(axes)}"
         )
-    return statistics
+    return jax.lax.stop_gradient(statistics)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from sparseformer_jax import mesh
 from sparseformer_jax.attention import _cache, _one_hot, _reports, _sharding
 from sparseformer_jax.attention._cache import Cache
+from sparseformer_jax.attention._cost import Cost
 from sparseformer_jax.attention.inputs import ON_DEMAND, Inputs, Noise, Shard, local_noise
 from sparseformer_jax.figures import Shown
 from sparseformer_jax.model.config import ModelConfig
@@ -51,8 +52,8 @@ class AttentionOutput:
 class Attention(nnx.Module):
     """Attention with grouped queries; a subclass says which keys each query attends to.
 
-    A method overrides `attend` and `density`; `layer_kinds` if its layers differ; `inspect` and
-    `figures` where it has pictures of its own.
+    A method overrides `attend` and `density`; `layer_kinds` if its layers differ; `cost` if it
+    computes more than that; `inspect` and `figures` where it has pictures of its own.
     Parameters of its own are made after `super().__init__` and named with logical axes, and
     so are variables that no gradient moves, which are of a subclass of `nnx.Variable`. What
     those learn from, `attend` returns as statistics; `update` runs once a step.
@@ -63,6 +64,9 @@ class Attention(nnx.Module):
         of its own part, and gathers what it makes of them by `shard.gather`.
       statistics_axes: the statistics by name, with the logical axis of each dimension.
       cache_axes: of what else than `Inputs` the cache holds, the same without that of layers.
+      detached: own modules whose parameters learn from the method's losses alone, through which
+        no gradient reaches what they read; where only those train, nothing else has a backward
+        pass.
 
     Raises:
       ValueError: `needs` names anything else.
@@ -72,6 +76,7 @@ class Attention(nnx.Module):
     gathers_keys: ClassVar[bool] = True
     statistics_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
     cache_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
+    detached: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: ModelConfig, options: Any, *, rngs: nnx.Rngs) -> None:
         if not self.needs <= ON_DEMAND:
@@ -109,6 +114,10 @@ class Attention(nnx.Module):
     def density(self, seq_len: int) -> float:
         """Returns the attended fraction of the (causal) query-key pairs of a sequence."""
         raise NotImplementedError
+
+    def cost(self, seq_len: int, *, is_training: bool) -> Cost:
+        """Returns what attention over a sequence costs, in training or in evaluation."""
+        return Cost(self.density(seq_len))
 
     def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns the attended values [B, T, N, H] of the local queries.
@@ -314,15 +323,10 @@ class Attention(nnx.Module):
     def _attend(self, inputs: Inputs, noise: Noise | None, shard: Shard) -> AttentionOutput:
         """Runs `attend`, and sums its losses over the local tokens."""
         attended = self.attend(dataclasses.replace(inputs, noise=noise), shard)
-        weights, _ = inputs.weights
         return dataclasses.replace(
             attended,
-            losses={
-                name: _reports.weighed(name, x, weights) for name, x in attended.losses.items()
-            },
-            statistics=jax.lax.stop_gradient(
-                _reports.checked(self.statistics_axes, attended.statistics)
-            ),
+            losses=_reports.weighed(attended.losses, inputs.weights[0]),
+            statistics=_reports.checked(self.statistics_axes, attended.statistics),
         )
 
     def _decode(

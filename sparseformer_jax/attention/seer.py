@@ -28,6 +28,7 @@ from pallas_kernels.rules import Dense, Rule
 from sparseformer_jax.attention import (
     _block_choice,
     _cache,
+    _gate_cost,
     _gates,
     _pooled_blocks,
     _pooled_cache,
@@ -38,6 +39,7 @@ from sparseformer_jax.attention._block_selection import SelectionOptions, choose
 from sparseformer_jax.attention._block_sparse import attend_blocks, check_implementation
 from sparseformer_jax.attention._by_rule import RuleAttention
 from sparseformer_jax.attention._cache import Cache
+from sparseformer_jax.attention._cost import Cost
 from sparseformer_jax.attention._gate_scores import Scored, mean_pooled, scored_by
 from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
@@ -144,6 +146,7 @@ class Method(RuleAttention):
 
     needs: ClassVar[frozenset[str]] = frozenset({"unrotated_query", "unrotated_key"})
     cache_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = _pooled_cache.AXES
+    detached: ClassVar[frozenset[str]] = frozenset({"gate"})
 
     def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, options, rngs=rngs)
@@ -180,6 +183,16 @@ class Method(RuleAttention):
         most = np.minimum(own, self.options.most_blocks(num_blocks) - 1)
         past = np.where(own >= num_blocks - self.options.dense_rows, own, most)
         return float(np.sum(past * size + place % size + 1) / np.sum(place + 1))
+
+    def cost(self, seq_len: int, *, is_training: bool) -> Cost:
+        """Returns what attention costs: in training all pairs, the gate and its target."""
+        options, config = self.options, self.config
+        if not (is_training or options.chooses):
+            return Cost(1.0)
+        own = _gate_cost.gate_flops(options, config, seq_len, is_training=is_training)
+        if not is_training:
+            return Cost(self.density(seq_len), own)
+        return Cost(1.0, own + _gate_cost.target_flops(config, seq_len))
 
     @property
     def chooses_in_decoding(self) -> bool:

@@ -124,7 +124,7 @@ class Run:
         self.model_def = ModelDef(config)
         # Of every token, those too whose target lies in another document.
         tokens = config.train.batch_size * config.data.seq_len
-        self._flops_per_step = 3 * costs(config, self.model_def).forward_flops * tokens
+        self._flops_per_step = costs(config, self.model_def).training_flops * tokens
         tokenizer = make_tokenizer(config)
         self._corpus = data.load_corpus(config.data, "train", tokenizer)
         self._held_out = data.load_corpus(config.data, config.eval.split, tokenizer)

@@ -1,17 +1,11 @@
 """SeerAttention learns its gates from dense attention, and attends to what they choose."""
 
-import dataclasses
-import math
-import pathlib
-import runpy
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
 
 from sparseformer_jax import registry
 from sparseformer_jax.attention import _block_choice, _gates, seer
@@ -19,13 +13,10 @@ from sparseformer_jax.attention._block_selection import choose
 from sparseformer_jax.attention._gate_scores import scored_by
 from sparseformer_jax.attention.inputs import Noise, Shard
 from sparseformer_jax.checks import ConfigError
-from sparseformer_jax.model.loss import cross_entropy
 from sparseformer_jax.model.rotary import rotary
-from sparseformer_jax.training.state import ModelDef
 from tests.attention.comparison import assert_same_on_mesh, make_attention
+from tests.attention.seer_cases import GATES, SIZE, attend, inputs_of, kinds, losses, make, states
 from tests.model.harness import normal, packed
-
-CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "seer.py"
 
 DENSE_OPTIONS = [
     {"gates": "decode", "block_size": 16, "token_budget": 1024},
@@ -33,53 +24,6 @@ DENSE_OPTIONS = [
     {"gates": "prefill", "block_size": 16},
 ]
 BFLOAT16_ERROR = 0.1  # choices between close scores fall differently
-
-SIZE = 8
-GATES = {
-    "prefill": {"gates": "prefill", "block_size": SIZE},
-    "double": {
-        "gates": "prefill",
-        "block_size": SIZE,
-        "gate_dim": 4,
-        "query_projection": "head",
-        "query_pools": ("max", "avg"),
-    },
-    "decode": {"gates": "decode", "block_size": SIZE},
-    "group": {
-        "gates": "decode",
-        "block_size": SIZE,
-        "query_projection": "group",
-        "gate_norm": True,
-    },
-}
-kinds = pytest.mark.parametrize("kind", GATES)
-
-
-def make(kind, **options):
-    return make_attention("seer", GATES[kind] | options)
-
-
-def inputs_of(attention, x, positions=None, ids=None, noise=None):
-    if positions is None:
-        positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
-    ids = None if ids is None else jnp.asarray(ids)
-    inputs = attention._inputs(jnp.asarray(x), jnp.asarray(positions), ids, None, 0)
-    return dataclasses.replace(inputs, noise=noise)
-
-
-@jax.jit
-def attend(attention, inputs):
-    return attention.attend(inputs, Shard(num_heads=attention.config.num_heads))
-
-
-def losses(attention, *arrays):
-    """Of each token."""
-    inputs = inputs_of(attention, *arrays, noise=Noise(jax.random.key(0)))
-    return np.asarray(attend(attention, inputs).losses["gate"])
-
-
-def states(attention, seed, batch, length):
-    return jnp.asarray(3 * normal(seed, batch, length, attention.config.embed_dim))
 
 
 @pytest.mark.representative("double", "decode")
@@ -352,53 +296,6 @@ def test_gates_find_more_of_the_true_blocks_than_averages_do(kind):
         return jnp.sum(found & true) / jnp.sum(true)
 
     assert recall(scored.scores) > recall(_gates.scores(queries, means)) + 0.03
-
-
-@pytest.mark.parametrize("kind", ["prefill", "decode"])
-def test_the_backward_pass_is_the_gates_alone(kind):
-    """Floating-point operations of the loss with its gradient, against the loss alone."""
-    config = runpy.run_path(str(CONFIG))["get_config"]("tiny")
-    if kind == "prefill":
-        options = {"gates": "prefill", "block_size": 16}
-        config.attention = registry.method_config("attention", "seer", **options)
-    model_def = ModelDef(config)
-    names = model_def.trainable()
-    assert names
-    assert all("/attention/gate/" in name for name in names)
-    params = {name: jnp.zeros(x.shape, x.dtype) for name, x in model_def.params.items()}
-    tokens = jnp.zeros((2, config.data.seq_len), jnp.int32)
-
-    def loss(trained, params):
-        model = model_def.model({**params, **trained}, {}, 0)
-        features = model.features(tokens, rng=jax.random.key(0))
-        nll, _ = cross_entropy(model, features.hidden, tokens, jnp.ones(tokens.shape))
-        return nll + sum(features.losses.values())
-
-    gates = {name: params[name] for name in names}
-    forward, one, whole = (
-        products(jax.make_jaxpr(function)(trained, params).jaxpr)
-        for function, trained in (
-            (loss, gates),
-            (jax.value_and_grad(loss), gates),
-            (jax.value_and_grad(loss), params),
-        )
-    )
-    assert forward < one < 1.15 * forward
-    assert whole > 2 * forward
-
-
-def products(jaxpr):
-    """Multiplications of all matrix products; of a loop of unknown length once."""
-    count = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            contracted = equation.params["dimension_numbers"][0][0]
-            lengths = (equation.invars[0].aval.shape[axis] for axis in contracted)
-            count += math.prod(equation.outvars[0].aval.shape) * math.prod(lengths)
-        repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in jaxprs_in_params(equation.params):
-            count += repeats * products(inner)
-    return count
 
 
 @pytest.mark.parametrize(

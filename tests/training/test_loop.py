@@ -30,7 +30,7 @@ def test_numbers_are_written_step_by_step(run, finished):
     speed = [line for line in lines if "train/tokens_per_second" in line][-1]
     step_seconds = speed["train/tokens"] / speed["train/tokens_per_second"]
     with jax.set_mesh(mesh.make_mesh({"data": 8})):
-        flops = 3 * describe.costs(run, ModelDef(run)).forward_flops * 16 * 32
+        flops = describe.costs(run, ModelDef(run)).training_flops * 16 * 32
     np.testing.assert_allclose(speed["train/flops_per_second"] * step_seconds, flops)
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     (events,) = finished.glob("events.out.tfevents*")
