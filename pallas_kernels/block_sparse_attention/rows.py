@@ -11,7 +11,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from pallas_kernels.block_mask import BlockMask
 from pallas_kernels.tiles import Geometry
@@ -30,12 +30,15 @@ class Lists(NamedTuple):
         tiles: their numbers among the key tiles of all programs.
         start: position of the row's first query.
         head: pattern head of the row.
+        blocks: which of a program's J key tiles are for which of the F query blocks that share a
+            tile, see `short_blocks`; None: each has a tile of its own.
     """
 
     counts: Int[Array, "R"]
     tiles: Int[Array, "R C"]
     start: Int[Array, "R"]
     head: Int[Array, "R"]
+    blocks: Bool[Array, "R J F"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +120,15 @@ class Layout:
         every_head = (*ids.shape, self.kv_heads)
         return self.key_tiles(jnp.broadcast_to(ids[:, :, None], every_head))
 
-    def lists(self, block_mask: BlockMask) -> Lists:
-        """Spreads the tables of the mask over rows."""
+    def lists(
+        self, block_mask: BlockMask, shared: Bool[Array, "*B Hp M J F"] | None = None
+    ) -> Lists:
+        """Spreads the tables of the mask over rows, and what `Lists.blocks` says of it."""
         counts = jnp.asarray(block_mask.kv_counts)
         tiles = jnp.asarray(block_mask.kv_indices)
         if counts.ndim == 2:
             counts, tiles = counts[None], tiles[None]
+            shared = shared if shared is None else shared[None]
         blocks, heads = self.geometry.query_blocks, counts.shape[1]
         start = jnp.arange(blocks) * self.geometry.query_block_size
         start = self._per_row((start + block_mask.query_offset)[None, None])
@@ -130,7 +136,8 @@ class Layout:
         head = jnp.broadcast_to(head, (len(head), heads, blocks))
         program = jnp.arange(len(start)) % self.programs
         tiles = self._per_row(tiles) + program[:, None] * self.geometry.key_blocks
-        return Lists(self._per_row(counts), tiles, start, self._per_row(head))
+        shared = shared if shared is None else self._per_row(shared)
+        return Lists(self._per_row(counts), tiles, start, self._per_row(head), shared)
 
     def _per_row(self, table: Shaped[Array, "b Hp M *C"]) -> Shaped[Array, "R *C"]:
         """Repeats a table for batch and heads that share it, in the order of rows."""

@@ -16,7 +16,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.block_sparse_attention import xla_loops
+from pallas_kernels.block_sparse_attention import short_blocks, xla_loops
 from pallas_kernels.block_sparse_attention.call import Call
 from pallas_kernels.block_sparse_attention.rows import Layout
 from pallas_kernels.block_sparse_attention.xla_loops import Plan, Problem
@@ -41,7 +41,8 @@ def refusal(call: Call, target: Target) -> None:
 
 def attend(call: Call, target: Target) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Returns (out, lse)."""
-    block_mask, segment_ids = call.block_mask, call.segment_ids
+    segment_ids = call.segment_ids
+    block_mask, blocks = short_blocks.joined(call.block_mask)
     layout = Layout.of(call.query, call.key, block_mask)
     query_segments = key_segments = None
     if segment_ids is not None:
@@ -58,7 +59,7 @@ def attend(call: Call, target: Target) -> tuple[Float[Array, "B T N H"], Float[A
         layout.query_rows(call.query),
         layout.key_tiles(call.key),
         layout.key_tiles(call.value),
-        Problem(layout.lists(block_mask), query_segments, key_segments),
+        Problem(layout.lists(block_mask, blocks), query_segments, key_segments),
     )
     return layout.from_query_rows(out), layout.from_query_rows(lse)
 

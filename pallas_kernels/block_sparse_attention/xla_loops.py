@@ -176,13 +176,18 @@ class _Visit(NamedTuple):
     ) -> Bool[Array, "L Q P"]:
         """Returns which pairs of tokens are visible."""
         geometry = plan.geometry
-        query = jnp.arange(row_length) % geometry.query_block_size
-        query = self.lists.start[:, None, None] + query[:, None]
-        first_key = self.tile % geometry.key_blocks * geometry.key_block_size
+        place = jnp.arange(row_length) % geometry.query_block_size
+        query = self.lists.start[:, None, None] + place[:, None]
+        key_block = self.tile % geometry.key_blocks
+        first_key = key_block * geometry.key_block_size
         key = first_key[:, None, None] + jnp.arange(geometry.key_block_size)
         mask = self.is_listed[:, None, None] & (key < geometry.key_length)
         mask &= geometry.pairs(query, key)
         mask &= tiles.rule_pairs(plan.rule, self.lists.head[:, None, None], query, key)
+        if self.lists.blocks is not None:
+            size = geometry.query_block_size // self.lists.blocks.shape[-1]
+            of_tile = jnp.take_along_axis(self.lists.blocks, key_block[:, None, None], axis=1)
+            mask &= jnp.take(of_tile[:, 0], place // size, axis=1)[:, :, None]
         if query_segments is not None and key_segments is not None:
             mask &= query_segments[:, :, None] == key_segments[self.tile][:, None]
         return mask

@@ -73,12 +73,10 @@ def of_tokens(
     return jnp.where(segment_ids == documents, tokens, 0)
 
 
-def density(
+def pairs(
     chosen: Bool[Array, "B n M J"], places: Int[Array, " T"], num_keys: int, size: int
-) -> Float[Array, ""]:
-    """Returns the causal pairs of chosen blocks, of all that as many queries have on average.
-
-    So its mean over equal parts of a sequence is the density of the whole.
+) -> Float[Array, "B M"]:
+    """Returns the causal pairs of queries and keys in chosen blocks, of a head on average.
 
     Args:
       chosen: for each row, a block of queries or a single one.
@@ -88,10 +86,9 @@ def density(
     """
     starts = jnp.arange(0, num_keys, size)
     lengths = jnp.minimum(starts + size, num_keys) - starts
-    pairs = jnp.clip(places[:, None] + 1 - starts, 0, lengths).astype(jnp.float32)
+    of_rows = jnp.clip(places[:, None] + 1 - starts, 0, lengths).astype(jnp.float32)
     num_queries, rows = len(places), chosen.shape[2]
     if rows < num_queries:
-        pairs = jnp.pad(pairs, [(0, -num_queries % size), (0, 0)])
-        pairs = jnp.sum(pairs.reshape(rows, size, -1), axis=1)
-    attended = jnp.sum(jnp.mean(chosen, axis=(0, 1), dtype=jnp.float32) * pairs)
-    return attended / (num_queries * (num_keys + 1) / 2)
+        of_rows = jnp.pad(of_rows, [(0, -num_queries % size), (0, 0)])
+        of_rows = jnp.sum(of_rows.reshape(rows, size, -1), axis=1)
+    return jnp.sum(jnp.mean(chosen, axis=1, dtype=jnp.float32) * of_rows, axis=-1)

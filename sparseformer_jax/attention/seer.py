@@ -32,6 +32,7 @@ from sparseformer_jax.attention import (
     _gates,
     _pooled_blocks,
     _pooled_cache,
+    _query_chunks,
     dense,
     masformer,
 )
@@ -48,8 +49,6 @@ from sparseformer_jax.model.config import ModelConfig
 
 # Of no document: queries that a block does not pool see nothing when its target is made.
 _NOWHERE = np.iinfo(np.int32).min
-# Queries whose targets and scores are held at once, of gates of single queries.
-_CHUNK = 1024
 _KEPT = "block_target"  # what of a chunk the backward pass does not make anew
 
 
@@ -225,7 +224,9 @@ class Method(RuleAttention):
         if self.options.gates == "prefill":
             rows = self._rows(inputs, shard, lse)
         else:
-            rows = self._rows_in_chunks(inputs, shard, lse)
+            # The target is kept: it costs a product of all queries and keys.
+            policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+            rows = _query_chunks.mapped(self._rows, inputs, shard, lse, policy=policy)
         loss = self._loss_of_tokens(rows.pop("loss"), inputs, shard)
         diagnostics = {name: jnp.mean(x) for name, x in rows.items()}
         return AttentionOutput(output, {"gate": loss}, diagnostics | {"density": jnp.ones(())})
@@ -250,39 +251,6 @@ class Method(RuleAttention):
             rows["recall"] = _block_choice.fraction(best & chosen, best)
             rows["overflow"] = overflow
         return {name: jnp.mean(x, axis=1, dtype=jnp.float32) for name, x in rows.items()}
-
-    def _rows_in_chunks(self, inputs: Inputs, shard: Shard, lse: jax.Array) -> dict[str, jax.Array]:
-        """The same of some queries at a time; the backward pass makes theirs anew."""
-        length = inputs.query.shape[1]
-        width = min(_CHUNK, length)
-
-        def cut(x: jax.Array) -> jax.Array:
-            x = jnp.pad(x, [(0, 0), (0, -length % width)] + [(0, 0)] * (x.ndim - 2))
-            return jnp.moveaxis(x.reshape(len(x), -1, width, *x.shape[2:]), 1, 0)
-
-        def chunk(of_chunk: tuple[Any, ...]) -> dict[str, jax.Array]:
-            number, query, unrotated, positions, ids, lse = of_chunk
-            own = dataclasses.replace(
-                inputs,
-                query=query,
-                unrotated_query=unrotated,
-                positions=(positions, inputs.positions[1]),
-                segment_ids=inputs.segment_ids and (ids, inputs.segment_ids[1]),
-            )
-            place = shard.query_offset + number * width
-            return self._rows(own, dataclasses.replace(shard, query_offset=place), lse)
-
-        ids = inputs.segment_ids and inputs.segment_ids[0]
-        arrays = (inputs.query, inputs.unrotated_query, inputs.positions[0], ids, lse)
-        chunks = jax.tree.map(cut, arrays)
-        # The target is kept: it costs a product of all queries and keys.
-        policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
-        chunk = jax.checkpoint(chunk, policy=policy)
-        rows = jax.lax.map(chunk, (jnp.arange(-(-length // width)), *chunks))
-        return {
-            name: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length]
-            for name, x in rows.items()
-        }
 
     def _dense(self, inputs: Inputs, shard: Shard) -> tuple[jax.Array, jax.Array]:
         """Dense attention [B, T, N, H], and its log-sum-exp [B, T, N]."""
@@ -354,13 +322,28 @@ class Method(RuleAttention):
 
     def _attend_chosen(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Attention to the chosen blocks, with their density and overflow."""
+        if self.options.gates == "prefill":
+            found = self._chosen_rows(inputs, shard)
+        else:
+            found = _query_chunks.mapped(self._chosen_rows, inputs, shard)
+        num_queries, num_keys = inputs.query.shape[1], inputs.key.shape[1]
+        # Of all pairs that as many queries have on average, so that the mean over equal parts of
+        # a sequence is the density of the whole.
+        pairs = jnp.sum(jnp.mean(found["pairs"], axis=0))
+        density = pairs / (num_queries * (num_keys + 1) / 2)
+        diagnostics = {"density": density, "overflow": jnp.mean(found["overflow"])}
+        return AttentionOutput(found["output"], diagnostics=diagnostics)
+
+    def _chosen_rows(self, inputs: Inputs, shard: Shard) -> dict[str, jax.Array]:
+        """The same of queries, with pairs and overflow of their rows [B, M], means over heads."""
         chosen, overflow = choose(self.options, self._scored(inputs, shard))
-        output = self._attend_map(inputs, chosen, shard.query_offset)
         places = shard.query_offset + jnp.arange(inputs.query.shape[1])
         num_keys, size = inputs.key.shape[1], self.options.block_size
-        density = _pooled_blocks.density(chosen, places, num_keys, size)
-        share = jnp.mean(overflow, dtype=jnp.float32)
-        return AttentionOutput(output, diagnostics={"density": density, "overflow": share})
+        return {
+            "output": self._attend_map(inputs, chosen, shard.query_offset),
+            "pairs": _pooled_blocks.pairs(chosen, places, num_keys, size),
+            "overflow": jnp.mean(overflow, axis=1, dtype=jnp.float32),
+        }
 
     def _attend_map(self, inputs: Inputs, chosen: jax.Array, offset: Any) -> jax.Array:
         """Attention to a map of blocks [B, n, M, J]."""

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from sparseformer_jax import registry
-from sparseformer_jax.attention import _block_choice, _gates, seer
+from sparseformer_jax.attention import _block_choice, _gates, _query_chunks
 from sparseformer_jax.attention._block_selection import choose
 from sparseformer_jax.attention._gate_scores import scored_by
 from sparseformer_jax.attention.inputs import Noise, Shard
@@ -16,7 +16,7 @@ from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.rotary import rotary
 from tests.attention.comparison import assert_same_on_mesh, make_attention
 from tests.attention.seer_cases import GATES, SIZE, attend, inputs_of, kinds, losses, make, states
-from tests.model.harness import normal, packed
+from tests.model.harness import assert_close, normal, packed
 
 DENSE_OPTIONS = [
     {"gates": "decode", "block_size": 16, "token_budget": 1024},
@@ -388,11 +388,29 @@ def test_queries_learn_in_chunks_what_they_learn_at_once(monkeypatch):
         return attention.attend(inputs, Shard(num_heads=4))
 
     whole = run(x)
-    monkeypatch.setattr(seer, "_CHUNK", 16)
+    monkeypatch.setattr(_query_chunks, "_WIDTH", 16)
     chunks = run(x)
     np.testing.assert_allclose(chunks.losses["gate"], whole.losses["gate"], atol=1e-5)
     for name, value in whole.diagnostics.items():
         assert chunks.diagnostics[name] == pytest.approx(float(value), abs=1e-6), name
+
+
+def test_queries_attend_in_chunks_as_they_do_at_once(monkeypatch):
+    """The last chunk is cut short; gradients are those of all queries too."""
+    attention = make("group", threshold=0.2, capacity=2)
+    ids, positions = packed(np.random.default_rng(0), 2, 45)
+    x = states(attention, 0, *ids.shape)
+
+    def run(x):
+        attended = attention.attend(inputs_of(attention, x, positions, ids), Shard(num_heads=4))
+        return jnp.sum(attended.output**2), attended
+
+    (_, whole), whole_gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(x)
+    monkeypatch.setattr(_query_chunks, "_WIDTH", 16)
+    (_, chunks), gradient = jax.jit(jax.value_and_grad(lambda x: run(x), has_aux=True))(x)
+    assert whole.diagnostics["overflow"] > 0
+    assert_close(chunks, whole, 1e-5)
+    assert_close(gradient, whole_gradient, 1e-5)
 
 
 @pytest.mark.representative("prefill", "group")

@@ -15,7 +15,7 @@ from pallas_kernels import (
     block_sparse_attention,
     targets,
 )
-from pallas_kernels.block_sparse_attention import xla
+from pallas_kernels.block_sparse_attention import short_blocks, xla
 from pallas_kernels.targets import Target
 
 HEAD_DIM = 8
@@ -82,6 +82,47 @@ def compare(inputs, block_mask, tolerance=1e-12, segment_ids=None, **options):
 
 def causal_map(shape, queries, keys, size):
     return BlockMask.from_block_map(random_map(*shape), queries, keys, size, size, is_causal=True)
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_two_blocks(monkeypatch):
+    """Blocks of eight queries share small tiles, so that there are several where they do."""
+    monkeypatch.setattr(short_blocks, "_TILE", 16)
+
+
+@pytest.mark.representative("query_heads")
+@pytest.mark.parametrize(
+    ("shape", "limits"),
+    [
+        ((1,), {"is_causal": True}),
+        ((2, 2), {"is_causal": False}),
+        ((2, 4), {"is_causal": True, "window_size": 19, "query_offset": 5}),
+    ],
+    ids=["all_heads", "kv_heads", "query_heads"],
+)
+def test_single_queries(shape, limits):
+    """Each with blocks of its own; they share tiles, of which the last is cut short."""
+    with jax.enable_x64(True):
+        block_map = jnp.asarray(random_map(*shape, 37, 7))
+        block_mask = BlockMask.from_block_map(block_map, 37, 52, 1, 8, **limits)
+        limits = {name: limits[name] for name in limits if name != "query_offset"}
+        ids = segments(2, 37, 52)
+        results = compare(arrays(2, 37, 52, 4, 2), block_mask, segment_ids=ids, **limits)
+    assert np.isneginf(results[1]).any()
+
+
+def test_static_blocks_keep_their_short_lists():
+    """A table of all pairs of blocks would grow with the square of the length."""
+
+    def joined(block_map):
+        block_mask = BlockMask.from_block_map(block_map, 40, 40, 8, 8, is_causal=True)
+        return short_blocks.joined(block_mask)
+
+    block_map = random_map(1, 5, 5)
+    static, of_static = joined(block_map)
+    traced, of_traced = jax.eval_shape(joined, block_map)
+    assert (static.query_block_size, of_static) == (8, None)
+    assert (traced.query_block_size, of_traced.shape) == (16, (1, 3, 5, 2))
 
 
 def test_one_pattern_ragged_with_segments():
