@@ -1,5 +1,7 @@
 """SeerAttention learns its gates from dense attention, and attends to what they choose."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
