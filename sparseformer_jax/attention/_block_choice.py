@@ -7,7 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Scores = Float[Array, "B n M J"]
 Choice = Bool[Array, "B n M J"]
@@ -18,15 +18,26 @@ def above(scores: Scores, visible: Bool[Array, "..."], threshold: float) -> Choi
     return visible & (jnp.exp(log_shares(scores, visible)) > threshold)
 
 
-def highest(scores: Scores, visible: Bool[Array, "..."], count: int) -> Choice:
-    """Returns the visible blocks of the highest scores, at most `count` a row."""
-    if count < 1:
+def highest(
+    scores: Scores,
+    visible: Bool[Array, "..."],
+    most: int,
+    counts: Int[Array, " B"] | None = None,
+) -> Choice:
+    """Returns the visible blocks of the highest scores, at most `most` a row.
+
+    Of each sequence only `counts`, which are no more than that; None: as many.
+    """
+    if most < 1:
         return jnp.zeros(scores.shape, bool)
     visible = jnp.broadcast_to(visible, scores.shape)
     scores = jnp.where(visible, scores, -jnp.inf)
-    _, best = jax.lax.top_k(scores, min(count, scores.shape[-1]))
-    chosen = jnp.put_along_axis(jnp.zeros(scores.shape, bool), best, True, axis=-1, inplace=False)
-    return visible & chosen
+    _, best = jax.lax.top_k(scores, min(most, scores.shape[-1]))
+    is_taken = jnp.ones(best.shape, bool)
+    if counts is not None:
+        is_taken = is_taken & (jnp.arange(best.shape[-1]) < counts[:, None, None, None])
+    nothing = jnp.zeros(scores.shape, bool)
+    return visible & jnp.put_along_axis(nothing, best, is_taken, axis=-1, inplace=False)
 
 
 def count_of_density(density: float, num_blocks: int) -> int:

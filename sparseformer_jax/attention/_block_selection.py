@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparseformer_jax.attention import _block_choice
 from sparseformer_jax.attention._gate_scores import Scored
@@ -83,24 +84,29 @@ def choose(options: SelectionOptions, scored: Scored) -> tuple[jax.Array, jax.Ar
       options: how many.
       scored: the rows.
     """
-    num_blocks = scored.scores.shape[-1]
-    past, own, most = scored.past, scored.own, options.most_blocks(num_blocks)
+    past, own, num_blocks = scored.past, scored.own, scored.scores.shape[-1]
     forced = jnp.broadcast_to(own, (len(past), *own.shape[1:]))
     if options.keeps_first:
         is_first = jnp.cumsum(past, axis=-1) == 1
         forced = forced | (past & is_first)
     free = past & ~forced
     # The most that any row forces is 2: at the first block both are one.
-    count = most - 1 - options.keeps_first
+    forced_count = 1 + options.keeps_first
+    count, counts = options.most_blocks(num_blocks) - forced_count, None
+    first = jnp.asarray(num_blocks - options.dense_rows)
+    if scored.num_blocks is not None:
+        # Made on the host: density is rounded as for whole sequences.
+        most = np.array([options.most_blocks(n) for n in range(num_blocks + 1)], np.int32)
+        counts = jnp.asarray(most)[scored.num_blocks] - forced_count
+        first = (scored.num_blocks - options.dense_rows)[:, None, None, None]
     overflow = jnp.zeros(scored.scores.shape[:-1], bool)
     if options.threshold is not None:
         seen = past | own if options.gates == "prefill" else past
         above = free & _block_choice.above(scored.scores, seen, options.threshold)
         overflow = jnp.sum(above, axis=-1) > count
         free = above
-    chosen = forced | _block_choice.highest(scored.scores, free, count)
+    chosen = forced | _block_choice.highest(scored.scores, free, count, counts)
     if options.dense_rows:
-        first = num_blocks - options.dense_rows
         is_dense = jnp.any(own & (jnp.arange(num_blocks) >= first), axis=-1, keepdims=True)
         chosen = chosen | (past & is_dense)
     return chosen, overflow

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparseformer_jax.attention import _gates, _pooled_blocks
 from sparseformer_jax.attention._gates import BlockGate, GateOptions, pool
@@ -21,12 +21,14 @@ class Scored:
       past: whole blocks before the row's own, of its document.
       own: which block is the row's.
       is_kept: which queries the rows speak of.
+      num_blocks: of each sequence, up to its last token; None: J.
     """
 
     scores: Float[Array, "B n M J"]
     past: Bool[Array, "b 1 M J"]
     own: Bool[Array, "c 1 M J"]
     is_kept: Bool[Array, "B T"]
+    num_blocks: Int[Array, " B"] | None = None
 
 
 def scored_by(gate: BlockGate, inputs: Inputs, shard: Shard) -> Scored:

@@ -1,7 +1,8 @@
-"""What decoding keeps for gates of single queries: pooled keys of blocks that are over.
+"""What decoding keeps for gates: pooled keys of blocks.
 
 Beside keys and values of all tokens, the last P keys before their rotation. A block is pooled,
-projected and turned, by the position of its first token, when its last token comes.
+projected and turned, by the position of its first token, when its last token comes. Blocks of
+queries see their own too, so for their gates the last one is pooled as far as it goes.
 """
 
 from collections.abc import Mapping
@@ -18,23 +19,24 @@ from sparseformer_jax.attention._gates import BlockGate, pool
 from sparseformer_jax.attention.inputs import Inputs
 from sparseformer_jax.model.config import ModelConfig
 
-# Logical axes of what is none of `Inputs`.
+# Logical axes of what is none of `Inputs`. Where each query head has a pooled key of its own it is
+# divided just so.
 AXES: Mapping[str, tuple[str | None, ...]] = {"block_key": ("batch", None, "kv_heads", None)}
 
 _OPEN = "unrotated_key"
 
 
-def empty(config: ModelConfig, size: int, gate_dim: int, tokens: tuple[int, int, int]) -> Cache:
+def empty(config: ModelConfig, gate: BlockGate, tokens: tuple[int, int, int]) -> Cache:
     """Returns the empty cache of R layers, B sequences and S tokens, over the mesh if any.
 
     Args:
       config: of the model.
-      size: P, tokens in a block.
-      gate_dim: D, entries of a pooled key.
+      gate: of the layers; it says how many keys a block has.
       tokens: R, B and S.
     """
-    layers, batch, length = tokens
-    shape = (layers, batch, -(-length // size), config.num_kv_heads, gate_dim)
+    size, (layers, batch, length) = gate.options.block_size, tokens
+    heads, _, dim = gate.key.shape[-3:]  # layers that scan are stacked in front
+    shape = (layers, batch, -(-length // size), heads, dim)
     blocks = {"block_key": jnp.zeros(shape, config.dtypes[1])}
     if mesh.is_active():
         blocks = jax.tree.map(jax.reshard, blocks, _cache.partition(blocks, AXES))
@@ -45,21 +47,21 @@ def empty(config: ModelConfig, size: int, gate_dim: int, tokens: tuple[int, int,
 def write(
     cache: Cache, gate: BlockGate, inputs: Inputs, start: Int[Array, " B"], layer: Any
 ) -> Cache:
-    """Returns the cache with more tokens in a layer, and the blocks that they end."""
+    """Returns the cache with more tokens in a layer, and the blocks that they end or are in."""
     tokens = {name: cache[name] for name in _cache.KEYS}
     tokens = _cache.write(tokens, inputs, start, layer)
     size = gate.options.block_size
     seen, _, last = _cache.push({_OPEN: cache[_OPEN]}, inputs, start, layer, size)
-    everything = jnp.ones(seen.unrotated_key.shape[:2], bool)
-    pooled = pool(seen.unrotated_key, size, gate.options.key_pools, everything)
+    end = start[:, None] + jnp.sum(inputs.weights[0] > 0, axis=1, keepdims=True)
+    is_token = seen.positions[1] < end
+    pooled = pool(seen.unrotated_key, size, gate.options.key_pools, is_token)
     positions = seen.positions[1][:, ::size]
     keys = gate.keys(pooled, positions)
-    count = jnp.sum(inputs.weights[0] > 0, axis=1)
-    ends = positions + size
-    is_over = (start[:, None] < ends) & (ends <= (start + count)[:, None])
+    needed = 1 if gate.options.gates == "prefill" else size
+    is_new = (start[:, None] < positions + size) & (positions + needed <= end)
     kept = cache["block_key"]
-    # What is not over goes to places that do not exist, and so is dropped.
-    places = jnp.where(is_over, positions // size, kept.shape[2] + jnp.arange(keys.shape[1]))
+    # What is not new goes to places that do not exist, and so is dropped.
+    places = jnp.where(is_new, positions // size, kept.shape[2] + jnp.arange(keys.shape[1]))
     rows = jnp.arange(len(start))[:, None]
     target = kept.at[layer, rows, places]
     blocks = target.set(keys.astype(kept.dtype), unique_indices=True, mode="drop")

@@ -13,38 +13,33 @@ is differentiated. In evaluation and decoding the gate chooses, if the options s
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
-from pallas_kernels import BlockMask, block_max_attention
+from pallas_kernels import block_max_attention
 from pallas_kernels.rules import Dense, Rule
 from sparseformer_jax.attention import (
     _block_choice,
-    _cache,
     _gate_cost,
     _gates,
     _pooled_blocks,
-    _pooled_cache,
     _query_chunks,
     dense,
     masformer,
 )
 from sparseformer_jax.attention._block_selection import SelectionOptions, choose
 from sparseformer_jax.attention._block_sparse import attend_blocks, check_implementation
-from sparseformer_jax.attention._by_rule import RuleAttention
-from sparseformer_jax.attention._cache import Cache
 from sparseformer_jax.attention._cost import Cost
 from sparseformer_jax.attention._gate_scores import Scored, mean_pooled, scored_by
+from sparseformer_jax.attention._gated import GatedAttention
 from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
-from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.config import ModelConfig
 
 # Of no document: queries that a block does not pool see nothing when its target is made.
@@ -140,16 +135,8 @@ def notes(options: Options) -> list[str]:
     return []
 
 
-class Method(RuleAttention):
+class Method(GatedAttention):
     """Dense attention beside a gate that learns from it, or attention to what the gate chooses."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"unrotated_query", "unrotated_key"})
-    cache_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = _pooled_cache.AXES
-    detached: ClassVar[frozenset[str]] = frozenset({"gate"})
-
-    def __init__(self, config: ModelConfig, options: Options, *, rngs: nnx.Rngs) -> None:
-        super().__init__(config, options, rngs=rngs)
-        self.gate = _gates.BlockGate(config, options, rngs=rngs)
 
     @classmethod
     def layer_kinds(
@@ -192,19 +179,6 @@ class Method(RuleAttention):
         if not is_training:
             return Cost(self.density(seq_len), own)
         return Cost(1.0, own + _gate_cost.target_flops(config, seq_len))
-
-    @property
-    def chooses_in_decoding(self) -> bool:
-        """Whether single queries choose; blocks of them have no gate to ask, and see all."""
-        return self.options.chooses and self.options.gates == "decode"
-
-    def init_cache(self, batch_size: int, size: int, num_layers: int = 1) -> Cache:
-        """Returns the empty cache: of all tokens, and of pooled keys where queries choose."""
-        tokens, config = (num_layers, batch_size, size), self.config
-        if not self.chooses_in_decoding:
-            return _cache.empty(_cache.KEYS, config, tokens)
-        dim = self.options.dim(config)
-        return _pooled_cache.empty(config, self.options.block_size, dim, tokens)
 
     def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Returns dense attention and the gate's loss in training, else what the gate chooses.
@@ -339,64 +313,10 @@ class Method(RuleAttention):
         chosen, overflow = choose(self.options, self._scored(inputs, shard))
         places = shard.query_offset + jnp.arange(inputs.query.shape[1])
         num_keys, size = inputs.key.shape[1], self.options.block_size
+        most = self.options.most_blocks(chosen.shape[-1])
+        capacity = None if self.options.dense_rows else most
         return {
-            "output": self._attend_map(inputs, chosen, shard.query_offset),
+            "output": self._attend_map(inputs, chosen, shard.query_offset, capacity),
             "pairs": _pooled_blocks.pairs(chosen, places, num_keys, size),
             "overflow": jnp.mean(overflow, axis=1, dtype=jnp.float32),
         }
-
-    def _attend_map(self, inputs: Inputs, chosen: jax.Array, offset: Any) -> jax.Array:
-        """Attention to a map of blocks [B, n, M, J]."""
-        options, size, num_blocks = self.options, self.options.block_size, chosen.shape[-1]
-        query, key, value = inputs.query, inputs.key, inputs.value
-        mask = BlockMask.from_block_map(
-            chosen,
-            query.shape[1],
-            key.shape[1],
-            size if options.gates == "prefill" else 1,
-            size,
-            is_causal=True,
-            query_offset=offset,
-            capacity=None if options.dense_rows else options.most_blocks(num_blocks),
-        )
-        return self._attend_blocks(query, key, value, mask, inputs.segment_ids)
-
-    def _decode(
-        self, inputs: Inputs, start: jax.Array, cache: Cache, layer: Any, shard: Shard
-    ) -> tuple[jax.Array, Cache]:
-        """Chooses by the pooled keys of the cache, and reads the keys of what is chosen."""
-        if self.options.selector != "gate":
-            raise ConfigError(
-                f"attention.selector={self.options.selector!r}: generated text is read by gates "
-                "alone; take 'gate'"
-            )
-        if not self.chooses_in_decoding:
-            # Queries that start anywhere make no blocks.
-            inputs = dataclasses.replace(inputs, unrotated_query=None, unrotated_key=None)
-            return super()._decode(inputs, start, cache, layer, shard)
-        size, (batch, num_queries) = self.options.block_size, inputs.query.shape[:2]
-        cache = _pooled_cache.write(cache, self.gate, inputs, start, layer)
-        queries = self.gate.queries(inputs.unrotated_query, inputs.positions[0])
-        scores = _gates.scores(queries, cache["block_key"][layer])
-        block = jnp.arange(scores.shape[-1])
-        own = (inputs.positions[0] // size)[:, None, :, None]
-        is_kept = jnp.ones((batch, num_queries), bool)
-        chosen, _ = choose(self.options, Scored(scores, block < own, block == own, is_kept))
-        if num_queries > 1:
-            return self._attend_maps(inputs, chosen, start, cache, layer), cache
-        most = self.options.most_blocks(len(block))
-        key, value, places = _pooled_cache.gather(cache, chosen[:, :, 0], size, most, layer)
-        kept = (0 <= places) & (places <= start[:, None, None])
-        return self._attend_one(inputs.query, [(lambda _: (key, value, kept), 1)]), cache
-
-    def _attend_maps(
-        self, inputs: Inputs, chosen: jax.Array, start: jax.Array, cache: Cache, layer: Any
-    ) -> jax.Array:
-        """Attention of several queries a sequence, which start anywhere, to maps of blocks."""
-
-        def row(query: Any, key: Any, value: Any, chosen: Any, start: Any) -> jax.Array:
-            inputs = Inputs(query[None], key[None], value[None])
-            return self._attend_map(inputs, chosen[None], start)[0]
-
-        key, value = (cache[name][layer] for name in _cache.KEYS)
-        return jax.vmap(row)(inputs.query, key, value, chosen, start)

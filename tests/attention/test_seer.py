@@ -160,14 +160,6 @@ def test_selectors_score_as_they_say(kind):
         assert mass["oracle"].sum() > mass[name].sum() + 1
 
 
-def test_text_is_generated_by_gates_alone():
-    attention = make("prefill", density=0.5, selector="oracle")
-    cache = attention.init_cache(1, 32)
-    x = jnp.asarray(normal(0, 1, 4, attention.config.embed_dim))
-    with pytest.raises(ConfigError, match=r"attention.selector='oracle': .*; take 'gate'"):
-        attention.decode(x, jnp.zeros(1, jnp.int32), cache)
-
-
 def test_overflow_is_counted_and_keeps_the_best():
     whole, cut = (make("prefill", threshold=0.01, capacity=n) for n in (None, 3))
     inputs = inputs_of(whole, states(whole, 0, 2, 64))
@@ -334,52 +326,6 @@ def test_refuses_gates_that_the_heads_do_not_allow(options, message):
         make("prefill", **options)
 
 
-DECODED = {
-    "first": ("decode", {"token_budget": 3 * SIZE, "keeps_first": True}),
-    "threshold": ("group", {"threshold": 0.3}),
-    "capacity": ("group", {"threshold": 0.05, "capacity": 2}),
-    "dense": ("group", {}),
-    "more_than_there_are": ("decode", {"token_budget": 512}),
-}
-
-
-@pytest.mark.representative("first", "capacity")
-@pytest.mark.parametrize("case", DECODED)
-def test_decodes_what_the_whole_sequence_gives(case):
-    """After a prompt that ends inside a block; blocks end while one token comes after another."""
-    kind, options = DECODED[case]
-    attention, length = make(kind, **options), 45
-    x = states(attention, 0, 2, length)
-    positions = jnp.tile(jnp.arange(length), (2, 1))
-    whole = jax.jit(attention)(x, positions, None).output
-    decode, start = jax.jit(attention.decode), jnp.asarray([13, 20])
-    cache = attention.init_cache(2, length)
-    _, cache = decode(x[:, :20], jnp.zeros(2, jnp.int32), cache, start)
-    for _ in range(25):
-        rows = jnp.arange(2)
-        found, cache = decode(x[rows, start][:, None], start, cache)
-        limit = 1e-5 * np.abs(whole).max()
-        np.testing.assert_allclose(found[:, 0], whole[rows, start], atol=limit)
-        start = start + 1
-
-
-def test_cached_keys_are_those_of_the_whole_sequence():
-    """Turned by their first token, also where single tokens ended them."""
-    attention, length = make("group", token_budget=2 * SIZE), 45
-    x = states(attention, 0, 1, length)
-    inputs = inputs_of(attention, x)
-    options, whole = attention.options, length // SIZE
-    pooled = _gates.pool(inputs.unrotated_key, SIZE, options.key_pools, jnp.ones((1, length), bool))
-    expected = attention.gate.keys(pooled, SIZE * jnp.arange(pooled.shape[1])[None])
-    cache, decode = attention.init_cache(1, length), jax.jit(attention.decode)
-    for start, count in [(0, 19), *((n, 1) for n in range(19, length))]:
-        _, cache = decode(x[:, start : start + count], jnp.asarray([start]), cache)
-    found = cache["block_key"][0]
-    np.testing.assert_allclose(found[:, :whole], expected[:, :whole], atol=1e-5)
-    assert not found[:, whole:].any()  # is not over
-    assert cache["unrotated_key"].shape[2] == SIZE
-
-
 def test_queries_learn_in_chunks_what_they_learn_at_once(monkeypatch):
     attention = make("group", token_budget=2 * SIZE, loss_start=0.0)
     ids, positions = packed(np.random.default_rng(0), 2, 45)
@@ -431,26 +377,6 @@ def test_reports_how_well_gates_would_choose(kind):
         else:
             assert 0 < found["mass"] < 1
             assert 0 < found["recall"] < 1
-
-
-@pytest.mark.representative("prefill")
-@pytest.mark.parametrize("kind", ["prefill", "double"])
-def test_gates_of_blocks_leave_decoding_dense(kind):
-    """Whether or not a prompt fills the cache."""
-    attention, dense = make(kind, density=0.3), make_attention("dense", {})
-    for shared in ("query", "key", "value", "out"):
-        setattr(dense, shared, getattr(attention, shared))
-    x = states(attention, 0, 2, 40)
-    for size in (40, 45):
-
-        def run(module, size=size):
-            start = jnp.zeros(2, jnp.int32)
-            prompt, cache = module.decode(x, start, module.init_cache(2, size))
-            one, _ = module.decode(x[:, :1], start + size - 1, cache)
-            return prompt, one
-
-        for found, expected in zip(jax.jit(run)(attention), jax.jit(run)(dense), strict=True):
-            np.testing.assert_array_equal(found, expected)
 
 
 def test_gates_turn_as_the_model_does():
