@@ -72,6 +72,7 @@ def test_a_run_may_start_from_a_pretrained_model(method, tmp_path):
         ("routing.py:paper", 1e6, "164 M"),
         ("s2.py:small", 1e6, "124 M"),
         ("s2.py:paper", 1e9, "7.4 B"),
+        ("seer.py:extend", 1e9, "8.1 B"),
     ],
 )
 def test_a_size_has_the_parameters_it_is_said_to_have(argument, unit, count):

@@ -80,11 +80,14 @@ class SelectionOptions(GateOptions):
 def choose(options: SelectionOptions, scored: Scored) -> tuple[jax.Array, jax.Array]:
     """Returns which blocks rows attend to [B, n, M, J], and which would have more [B, n, M].
 
+    Nothing of it has a gradient.
+
     Args:
       options: how many.
       scored: the rows.
     """
-    past, own, num_blocks = scored.past, scored.own, scored.scores.shape[-1]
+    scores = jax.lax.stop_gradient(scored.scores)
+    past, own, num_blocks = scored.past, scored.own, scores.shape[-1]
     forced = jnp.broadcast_to(own, (len(past), *own.shape[1:]))
     if options.keeps_first:
         is_first = jnp.cumsum(past, axis=-1) == 1
@@ -99,13 +102,13 @@ def choose(options: SelectionOptions, scored: Scored) -> tuple[jax.Array, jax.Ar
         most = np.array([options.most_blocks(n) for n in range(num_blocks + 1)], np.int32)
         counts = jnp.asarray(most)[scored.num_blocks] - forced_count
         first = (scored.num_blocks - options.dense_rows)[:, None, None, None]
-    overflow = jnp.zeros(scored.scores.shape[:-1], bool)
+    overflow = jnp.zeros(scores.shape[:-1], bool)
     if options.threshold is not None:
         seen = past | own if options.gates == "prefill" else past
-        above = free & _block_choice.above(scored.scores, seen, options.threshold)
+        above = free & _block_choice.above(scores, seen, options.threshold)
         overflow = jnp.sum(above, axis=-1) > count
         free = above
-    chosen = forced | _block_choice.highest(scored.scores, free, count, counts)
+    chosen = forced | _block_choice.highest(scores, free, count, counts)
     if options.dense_rows:
         is_dense = jnp.any(own & (jnp.arange(num_blocks) >= first), axis=-1, keepdims=True)
         chosen = chosen | (past & is_dense)

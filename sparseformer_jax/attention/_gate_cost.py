@@ -32,6 +32,10 @@ def gate_flops(
     return 2 * (projections + scores) / seq_len
 
 
-def target_flops(config: ModelConfig, seq_len: int) -> float:
-    """Returns FLOPs a token of a product of all queries and the keys before them."""
-    return 2 * config.num_heads * config.head_dim * (seq_len + 1) / 2
+def target_flops(config: ModelConfig, seq_len: int, *, has_lse: bool) -> float:
+    """Returns FLOPs a token of a product of all queries and the keys before them.
+
+    Without the log-sum-exp of dense attention, that comes first: two more such products.
+    """
+    products = 1 if has_lse else 3
+    return products * 2 * config.num_heads * config.head_dim * (seq_len + 1) / 2

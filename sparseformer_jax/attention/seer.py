@@ -4,28 +4,28 @@
             p_tj = max of block j of row t and of its group / sum over j     (decode, j before t's)
     loss    KL(p || softmax(gate scores)), of every layer
     then    attend to the blocks that the gate scores highest, and to the own block
+    joint   do so in training too: weights learn from cross entropy, gates from the loss alone
 
 Gao et al. 2024, "SeerAttention: Learning Intrinsic Sparse Attention in Your LLMs", arXiv
 2410.13276, and 2025, "SeerAttention-R: Sparse Attention Adaptation for Long Reasoning", arXiv
 2506.08889. In training the layer attends densely and its gate learns; what else is computed has no
 gradient through the gate, so that with `train.trainable` naming gates alone nothing of the model
-is differentiated. In evaluation and decoding the gate chooses, if the options say how many.
+is differentiated. In evaluation and decoding the gate chooses, if the options say how many. Joint
+training is that of the first version of 2410.13276: a hard choice has no gradient, and the target
+comes from dense attention of the same queries and keys, without gradient.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
-from pallas_kernels import block_max_attention
 from pallas_kernels.rules import Dense, Rule
 from sparseformer_jax.attention import (
-    _block_choice,
     _gate_cost,
     _gates,
     _pooled_blocks,
@@ -33,38 +33,28 @@ from sparseformer_jax.attention import (
     dense,
     masformer,
 )
-from sparseformer_jax.attention._block_selection import SelectionOptions, choose
+from sparseformer_jax.attention._block_selection import choose
 from sparseformer_jax.attention._block_sparse import attend_blocks, check_implementation
 from sparseformer_jax.attention._cost import Cost
+from sparseformer_jax.attention._distillation import DistillationOptions, distilled, target_of
 from sparseformer_jax.attention._gate_scores import Scored, mean_pooled, scored_by
 from sparseformer_jax.attention._gated import GatedAttention
 from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
 from sparseformer_jax.model.config import ModelConfig
 
-# Of no document: queries that a block does not pool see nothing when its target is made.
-_NOWHERE = np.iinfo(np.int32).min
-_KEPT = "block_target"  # what of a chunk the backward pass does not make anew
-
 
 @dataclasses.dataclass(frozen=True)
-class Options(SelectionOptions):
-    """Options of SeerAttention, beside those of its gates and of what they choose.
+class Options(DistillationOptions):
+    """Options of SeerAttention, beside those of its gates, of what they choose and how they learn.
 
     Attributes:
-      loss_reduction: "row_mean" is KL in nats; "element_mean", as released, divides it by the
-        number of blocks.
-      loss_start: fraction of the sequence whose rows, the first, the loss leaves out.
-      loss_weight: of the loss beside others; the release has 10.
       window_size: tokens that a query sees in `window_layers`, itself counted.
       window_layers: the layers that attend to a window and have no gate, as the model does that
         gates learn from; `pretrained` sizes take them from it.
       implementation: of the kernel, see `block_sparse_attention`; None: the best here.
     """
 
-    loss_reduction: Literal["row_mean", "element_mean"] = "row_mean"
-    loss_start: float = 0.25
-    loss_weight: float = 1.0
     window_size: int | None = None
     window_layers: tuple[int, ...] = ()
     implementation: str | None = None
@@ -78,8 +68,6 @@ class Options(SelectionOptions):
             )
         if self.window_size is not None and self.window_size < 1:
             raise ValueError(f"window_size={self.window_size} must be at least 1")
-        if not 0 <= self.loss_start < 1:
-            raise ValueError(f"loss_start={self.loss_start} must be at least 0 and below 1")
 
 
 def check(options: Options, config: ConfigDict) -> None:
@@ -128,15 +116,18 @@ def adopt(other: Any, num_layers: int) -> dict[str, Any]:
 def notes(options: Options) -> list[str]:
     """Returns what a run says of these options as it starts."""
     if options.gates == "prefill" and options.chooses:
+        told = "training and perplexity" if options.joint else "perplexity"
         return [
             "attention.gates='prefill' is causal in whole blocks only: a block's queries choose "
-            "together, so perplexity may profit from tokens of the same block that follow"
+            f"together, so {told} may profit from tokens of the same block that follow"
         ]
     return []
 
 
 class Method(GatedAttention):
     """Dense attention beside a gate that learns from it, or attention to what the gate chooses."""
+
+    detached: ClassVar[frozenset[str]] = frozenset({"gate"})
 
     @classmethod
     def layer_kinds(
@@ -171,60 +162,44 @@ class Method(GatedAttention):
         return float(np.sum(past * size + place % size + 1) / np.sum(place + 1))
 
     def cost(self, seq_len: int, *, is_training: bool) -> Cost:
-        """Returns what attention costs: in training all pairs, the gate and its target."""
+        """Returns what attention costs, the gate with it; in training its target too."""
         options, config = self.options, self.config
         if not (is_training or options.chooses):
             return Cost(1.0)
         own = _gate_cost.gate_flops(options, config, seq_len, is_training=is_training)
         if not is_training:
             return Cost(self.density(seq_len), own)
-        return Cost(1.0, own + _gate_cost.target_flops(config, seq_len))
+        own += _gate_cost.target_flops(config, seq_len, has_lse=not options.joint)
+        return Cost(self.density(seq_len) if options.joint else 1.0, own)
 
     def attend(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
-        """Returns dense attention and the gate's loss in training, else what the gate chooses.
+        """Returns attention to what the gate chooses; in training with the gate's loss.
 
-        Without keys to pool attention is dense.
+        Without keys to pool attention is dense, and so it is in training that is not joint.
         """
         if inputs.noise is not None:
-            return self._distilled(inputs, shard)
+            return self._attend_in_training(inputs, shard)
         if not self.options.chooses or inputs.unrotated_key is None:
             output = super().attend(inputs, shard).output
             return AttentionOutput(output, diagnostics={"density": jnp.ones(())})
         return self._attend_chosen(inputs, shard)
 
-    def _distilled(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
-        """Dense attention, and the loss of the gate that learns from it."""
-        output, lse = self._dense(inputs, shard)
-        if self.options.gates == "prefill":
-            rows = self._rows(inputs, shard, lse)
-        else:
-            # The target is kept: it costs a product of all queries and keys.
-            policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
-            rows = _query_chunks.mapped(self._rows, inputs, shard, lse, policy=policy)
-        loss = self._loss_of_tokens(rows.pop("loss"), inputs, shard)
-        diagnostics = {name: jnp.mean(x) for name, x in rows.items()}
-        return AttentionOutput(output, {"gate": loss}, diagnostics | {"density": jnp.ones(())})
-
-    def _rows(self, inputs: Inputs, shard: Shard, lse: jax.Array) -> dict[str, jax.Array]:
-        """What the gate is told of each row [B, M]: its loss, and how well it would choose.
-
-        "mass" is the part of the target that the chosen blocks have, "recall" that of the blocks
-        which the target itself would have chosen, "overflow" the heads that `capacity` cuts.
-        """
-        scored = scored_by(self.gate, inputs, shard)
-        target, visible = self._target(inputs, shard, lse, scored)
-        target = checkpoint_name(target, _KEPT)
-        rows = {"loss": _block_choice.divergence(target, scored.scores, visible)}
-        if self.options.chooses:
-            scores = jax.lax.stop_gradient(scored.scores)
-            chosen, overflow = choose(self.options, dataclasses.replace(scored, scores=scores))
-            best = _block_choice.highest(
-                target, scored.past, self.options.most_blocks(target.shape[-1]) - 1
-            )
-            rows["mass"] = _block_choice.fraction(target * chosen, target)
-            rows["recall"] = _block_choice.fraction(best & chosen, best)
-            rows["overflow"] = overflow
-        return {name: jnp.mean(x, axis=1, dtype=jnp.float32) for name, x in rows.items()}
+    def _attend_in_training(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
+        """Dense attention or, jointly, that to what the gate chooses, with the gate's loss."""
+        options, dense_inputs = self.options, inputs
+        if options.joint:
+            arrays = (inputs.query, inputs.key, inputs.value)
+            query, key, value = jax.lax.stop_gradient(arrays)
+            dense_inputs = dataclasses.replace(inputs, query=query, key=key, value=value)
+        output, lse = self._dense(dense_inputs, shard)
+        loss, reports = distilled(self.gate, options, self.config, inputs, shard, lse)
+        attended = (
+            self._attend_chosen(inputs, shard)
+            if options.joint
+            else AttentionOutput(output, diagnostics={"density": jnp.ones(())})
+        )
+        diagnostics = reports | attended.diagnostics
+        return dataclasses.replace(attended, losses={"gate": loss}, diagnostics=diagnostics)
 
     def _dense(self, inputs: Inputs, shard: Shard) -> tuple[jax.Array, jax.Array]:
         """Dense attention [B, T, N, H], and its log-sum-exp [B, T, N]."""
@@ -234,58 +209,14 @@ class Method(GatedAttention):
         segment_ids = inputs.segment_ids
         return attend_blocks(self.config, kernel, query, key, value, mask, segment_ids, True)
 
-    def _target(
-        self, inputs: Inputs, shard: Shard, lse: jax.Array, scored: Scored
-    ) -> tuple[jax.Array, jax.Array]:
-        """What the gate is to say [B, n, M, J], and of which blocks."""
-        is_prefill, size = self.options.gates == "prefill", self.options.block_size
-        segment_ids = inputs.segment_ids
-        if segment_ids is not None:
-            of_query, of_key = segment_ids
-            segment_ids = (jnp.where(scored.is_kept, of_query, _NOWHERE), of_key)
-        maxima = block_max_attention(
-            inputs.query,
-            inputs.key,
-            lse,
-            query_block_size=size if is_prefill else None,
-            key_block_size=size,
-            is_causal=True,
-            segment_ids=segment_ids,
-            scale=self.config.scale,
-            logits_soft_cap=self.config.attention_soft_cap,
-            query_offset=shard.query_offset,
-            group_reduction=None if is_prefill else "max",
-        )
-        if is_prefill:
-            visible = scored.past | scored.own
-            return _block_choice.shares_of(maxima, visible), visible
-        return _block_choice.shares_of(maxima, scored.past, epsilon=1e-9), scored.past
-
-    def _loss_of_tokens(self, rows: jax.Array, inputs: Inputs, shard: Shard) -> jax.Array:
-        """Gives each token the loss of its row, so that the mean over tokens is that over rows."""
-        num_keys = inputs.key.shape[1]
-        options, size = self.options, self.options.block_size
-        num_blocks = -(-num_keys // size)
-        if options.gates == "prefill":
-            skipped = size * int(num_blocks * options.loss_start)
-            ids = inputs.segment_ids and inputs.segment_ids[0]
-            losses = _pooled_blocks.of_tokens(rows, size, ids, inputs.query.shape[1])
-        else:
-            skipped, losses = int(num_keys * options.loss_start), rows
-        place = shard.query_offset + jnp.arange(losses.shape[1])
-        factor = options.loss_weight * num_keys / (num_keys - skipped)
-        if options.loss_reduction == "element_mean":
-            factor /= num_blocks
-        return factor * jnp.where(place >= skipped, losses, 0)
-
     def _scored(self, inputs: Inputs, shard: Shard) -> Scored:
-        """Rows with the scores of the selector."""
+        """Rows with the scores of the selector, in training those of the gate."""
         scored = scored_by(self.gate, inputs, shard)
-        if self.options.selector == "gate":
+        if self.options.selector == "gate" or inputs.noise is not None:
             return scored
         if self.options.selector == "oracle":
             _, lse = self._dense(inputs, shard)
-            target, _ = self._target(inputs, shard, lse, scored)
+            target, _ = target_of(self.options, self.config, inputs, shard, lse, scored)
             scores = jnp.log(jnp.maximum(target, jnp.finfo(target.dtype).tiny))
         elif self.options.selector == "mean_pooled":
             scores = mean_pooled(self.options, inputs)

@@ -57,3 +57,12 @@ def losses(attention, *arrays):
 
 def states(attention, seed, batch, length):
     return jnp.asarray(3 * normal(seed, batch, length, attention.config.embed_dim))
+
+
+def token_mask(kind, chosen, length):
+    """Which keys each query of four heads sees [B, 4, T, T], of a map of blocks."""
+    chosen, num_heads = np.asarray(chosen), 4
+    row = np.arange(length) // (SIZE if kind in ("prefill", "double") else 1)
+    heads = np.arange(num_heads) * chosen.shape[1] // num_heads
+    mask = chosen[:, heads][:, :, row][..., np.arange(length) // SIZE]
+    return mask & np.tri(length, dtype=bool)

@@ -12,12 +12,23 @@ from flax import nnx
 from sparseformer_jax import registry
 from sparseformer_jax.attention import _block_choice, _gates, _query_chunks
 from sparseformer_jax.attention._block_selection import choose
+from sparseformer_jax.attention._distillation import target_of
 from sparseformer_jax.attention._gate_scores import scored_by
 from sparseformer_jax.attention.inputs import Noise, Shard
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.model.rotary import rotary
 from tests.attention.comparison import assert_same_on_mesh, make_attention
-from tests.attention.seer_cases import GATES, SIZE, attend, inputs_of, kinds, losses, make, states
+from tests.attention.seer_cases import (
+    GATES,
+    SIZE,
+    attend,
+    inputs_of,
+    kinds,
+    losses,
+    make,
+    states,
+    token_mask,
+)
 from tests.model.harness import assert_close, normal, packed
 
 DENSE_OPTIONS = [
@@ -91,11 +102,7 @@ def test_attends_to_the_tokens_of_chosen_blocks(case):
     inputs = inputs_of(attention, states(attention, 0, 2, length))
     attended = attend(attention, inputs)
     chosen, _ = choose(attention.options, scored_by(attention.gate, inputs, Shard(num_heads=4)))
-    chosen = np.asarray(chosen)
-    row = np.arange(length) // (SIZE if kind in ("prefill", "double") else 1)
-    heads = np.arange(4) * chosen.shape[1] // 4
-    mask = chosen[:, heads][:, :, row][..., np.arange(length) // SIZE]
-    mask = mask & np.tri(length, dtype=bool)
+    mask = token_mask(kind, chosen, length)
     own = np.arange(length) // SIZE
     assert mask[:, :, np.arange(length), np.arange(length)].all()
     if options.get("keeps_first"):
@@ -277,7 +284,7 @@ def test_gates_find_more_of_the_true_blocks_than_averages_do(kind):
     inputs = inputs_of(attention, with_outliers(jax.random.key(0)))
     scored = scored_by(attention.gate, inputs, shard)
     _, lse = attention._dense(inputs, shard)
-    target, _ = attention._target(inputs, shard, lse, scored)
+    target, _ = target_of(attention.options, attention.config, inputs, shard, lse, scored)
     everything = jnp.ones(inputs.key.shape[:2], bool)
     means = _gates.pool(inputs.key, SIZE, ("avg",), everything)
     if kind == "prefill":
@@ -305,6 +312,7 @@ def test_gates_find_more_of_the_true_blocks_than_averages_do(kind):
         ({"query_pools": ("max", "avg")}, "set query_projection='head'"),
         ({"key_pools": ("mean",)}, r"key_pools=\('mean',\): take some of"),
         ({"loss_start": 1.0}, r"loss_start=1\.0 must be"),
+        ({"joint": True}, "joint=True attends to what gates choose; set density"),
     ],
     ids=str,
 )

@@ -23,7 +23,7 @@ OPTIONS = {
     "s2": {"block_size": 8, "local_blocks": 1, "vert_stride": 2},
     "routing": {"num_clusters": 4, "window_size": 8, "block_size": 8, "decay": 0.9},
     "combiner": {"span_size": 8},
-    "seer": {"gates": "decode", "block_size": 8, "token_budget": 16},
+    "seer": {"gates": "decode", "block_size": 8, "token_budget": 16, "joint": True},
 }
 
 

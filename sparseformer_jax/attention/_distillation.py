@@ -1,0 +1,165 @@
+"""What a gate learns from: the largest weights of its layer's dense attention, block by block."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels import block_max_attention
+from sparseformer_jax.attention import _block_choice, _pooled_blocks, _query_chunks
+from sparseformer_jax.attention._block_selection import SelectionOptions, choose
+from sparseformer_jax.attention._gate_scores import Scored, scored_by
+from sparseformer_jax.attention._gates import BlockGate
+from sparseformer_jax.attention.inputs import Inputs, Shard
+from sparseformer_jax.model.config import ModelConfig
+
+# Of no document: queries that a block does not pool see nothing when its target is made.
+_NOWHERE = np.iinfo(np.int32).min
+_KEPT = "block_target"  # what of a chunk the backward pass does not make anew
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationOptions(SelectionOptions):
+    """What training does, beside what gates choose.
+
+    Attributes:
+      loss_reduction: "row_mean" is KL in nats; "element_mean", as released, divides it by the
+        number of blocks.
+      loss_start: fraction of the sequence whose rows, the first, the loss leaves out.
+      loss_weight: of the loss beside others; the release has 10.
+      joint: training attends to what gates choose, as evaluation does, for weights that train
+        with them; gates still learn from dense attention.
+    """
+
+    loss_reduction: Literal["row_mean", "element_mean"] = "row_mean"
+    loss_start: float = 0.25
+    loss_weight: float = 1.0
+    joint: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.loss_start < 1:
+            raise ValueError(f"loss_start={self.loss_start} must be at least 0 and below 1")
+        if self.joint and not self.chooses:
+            raise ValueError(
+                "joint=True attends to what gates choose; set density, threshold or token_budget, "
+                "or joint=False"
+            )
+
+
+def target_of(
+    options: SelectionOptions,
+    config: ModelConfig,
+    inputs: Inputs,
+    shard: Shard,
+    lse: Float[Array, "B T N"],
+    scored: Scored,
+) -> tuple[Float[Array, "B n M J"], Bool[Array, "..."]]:
+    """Returns what the gate is to say of each row, and of which blocks; no gradient leaves it.
+
+    Args:
+      options: of the gate.
+      config: of the model.
+      inputs: of the layer.
+      shard: where they lie.
+      lse: log-sum-exp of dense attention.
+      scored: the rows.
+    """
+    is_prefill, size = options.gates == "prefill", options.block_size
+    segment_ids = inputs.segment_ids
+    if segment_ids is not None:
+        of_query, of_key = segment_ids
+        segment_ids = (jnp.where(scored.is_kept, of_query, _NOWHERE), of_key)
+    maxima = block_max_attention(
+        inputs.query,
+        inputs.key,
+        lse,
+        query_block_size=size if is_prefill else None,
+        key_block_size=size,
+        is_causal=True,
+        segment_ids=segment_ids,
+        scale=config.scale,
+        logits_soft_cap=config.attention_soft_cap,
+        query_offset=shard.query_offset,
+        group_reduction=None if is_prefill else "max",
+    )
+    if is_prefill:
+        visible = scored.past | scored.own
+        return _block_choice.shares_of(maxima, visible), visible
+    return _block_choice.shares_of(maxima, scored.past, epsilon=1e-9), scored.past
+
+
+def distilled(
+    gate: BlockGate,
+    options: DistillationOptions,
+    config: ModelConfig,
+    inputs: Inputs,
+    shard: Shard,
+    lse: Float[Array, "B T N"],
+) -> tuple[Float[Array, "B T"], dict[str, Float[Array, ""]]]:
+    """Returns the loss of each token, and how well the gate would choose, means over rows.
+
+    "mass" is the part of the target that the chosen blocks have, "recall" that of the blocks
+    which the target itself would have chosen, "overflow" the rows that `capacity` cuts. All
+    gradients are the gate's.
+
+    Args:
+      gate: of the layer.
+      options: of the gate and its loss.
+      config: of the model.
+      inputs: of the layer.
+      shard: where they lie.
+      lse: log-sum-exp of dense attention.
+    """
+
+    def rows(inputs: Inputs, shard: Shard, lse: jax.Array) -> dict[str, jax.Array]:
+        scored = scored_by(gate, inputs, shard)
+        target, visible = target_of(options, config, inputs, shard, lse, scored)
+        return _of_rows(options, scored, checkpoint_name(target, _KEPT), visible)
+
+    if options.gates == "prefill":
+        found = rows(inputs, shard, lse)
+    else:
+        # The target is kept: it costs a product of all queries and keys.
+        policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
+        found = _query_chunks.mapped(rows, inputs, shard, lse, policy=policy)
+    loss = _loss_of_tokens(options, found.pop("loss"), inputs, shard)
+    return loss, {name: jnp.mean(x) for name, x in found.items()}
+
+
+def _of_rows(
+    options: DistillationOptions, scored: Scored, target: jax.Array, visible: jax.Array
+) -> dict[str, jax.Array]:
+    """What there is to tell of each row [B, M], means over heads."""
+    rows = {"loss": _block_choice.divergence(target, scored.scores, visible)}
+    if options.chooses:
+        chosen, overflow = choose(options, scored)
+        most = options.most_blocks(target.shape[-1])
+        best = _block_choice.highest(target, scored.past, most - 1)
+        rows["mass"] = _block_choice.fraction(target * chosen, target)
+        rows["recall"] = _block_choice.fraction(best & chosen, best)
+        rows["overflow"] = overflow
+    return {name: jnp.mean(x, axis=1, dtype=jnp.float32) for name, x in rows.items()}
+
+
+def _loss_of_tokens(
+    options: DistillationOptions, rows: jax.Array, inputs: Inputs, shard: Shard
+) -> jax.Array:
+    """Gives each token the loss of its row, so that the mean over tokens is that over rows."""
+    num_keys, size = inputs.key.shape[1], options.block_size
+    num_blocks = -(-num_keys // size)
+    if options.gates == "prefill":
+        skipped = size * int(num_blocks * options.loss_start)
+        ids = inputs.segment_ids and inputs.segment_ids[0]
+        losses = _pooled_blocks.of_tokens(rows, size, ids, inputs.query.shape[1])
+    else:
+        skipped, losses = int(num_keys * options.loss_start), rows
+    place = shard.query_offset + jnp.arange(losses.shape[1])
+    factor = options.loss_weight * num_keys / (num_keys - skipped)
+    if options.loss_reduction == "element_mean":
+        factor /= num_blocks
+    return factor * jnp.where(place >= skipped, losses, 0)
