@@ -210,6 +210,8 @@ def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
         if plots is not None:
             print(f"pictures are in {plots}", file=sys.stderr)
         print(json.dumps(found, indent=2))
+        for line in results.warnings(found):
+            print(line, file=sys.stderr)
         print(results.write(output or workdir / results.file_name(found), found), file=sys.stderr)
 
 

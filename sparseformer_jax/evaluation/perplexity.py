@@ -43,19 +43,20 @@ class Evaluator:
         return self.numbers(self.measure(state))
 
     def measure(self, state: TrainState) -> Losses:
-        """Returns losses by position and densities by layer, in one pass over the windows."""
+        """Returns losses by position and diagnostics by layer, in one pass over the windows."""
         step = functools.partial(self._step, state)
         found = sums.over_batches(self._config, self._corpus, step)
         tokens = found["tokens"]
-        return Losses(found["nll"], tokens, found["density"] / tokens.sum())
+        diagnostics = {name: x / tokens.sum() for name, x in found["diagnostics"].items()}
+        return Losses(found["nll"], tokens, diagnostics)
 
     def numbers(self, losses: Losses) -> dict[str, float]:
-        """Returns loss (nats per token), perplexity, bits_per_byte, tokens and density.
+        """Returns loss (nats per token), perplexity, bits_per_byte, tokens, and diagnostics.
 
             perplexity = exp(loss)    bits_per_byte = loss / ln 2 * tokens / bytes
 
-        with tokens per byte counted over the whole split; density is the mean attended
-        fraction over layers.
+        with tokens per byte counted over the whole split. Diagnostics are means over the layers
+        that report them, as "density", the attended fraction, which is 1 where none does.
 
         Raises:
           NonFiniteError: the loss is not a finite number.
@@ -74,29 +75,30 @@ class Evaluator:
             "perplexity": perplexity(loss),
             "bits_per_byte": loss / math.log(2) * tokens_per_byte,
             "tokens": tokens,
-            "density": float(losses.density.mean()) if losses.density.size else 1.0,
+            "density": 1.0,
+            **{name: float(x.mean()) for name, x in losses.diagnostics.items()},
         }
 
 
 def make_eval_step(
     model_def: ModelDef,
-) -> Callable[[TrainState, DeviceBatch], dict[str, jax.Array]]:
+) -> Callable[[TrainState, DeviceBatch], dict[str, Any]]:
     """Returns the function (state, batch) -> sums over windows, to be compiled.
 
-    They are nats and tokens of each position [T], and the density of each layer [L] that its
-    tokens were predicted with.
+    They are nats and tokens of each position [T], and the diagnostics of each layer [L], by name,
+    that its tokens were predicted with.
     """
 
-    def step(state: TrainState, batch: DeviceBatch) -> dict[str, jax.Array]:
+    def step(state: TrainState, batch: DeviceBatch) -> dict[str, Any]:
         model = model_def.model(state.params, state.variables, state.step)
         output = model.features(batch["inputs"], batch["positions"], batch["segment_ids"])
         weights = batch["weights"]
         nll = weights * token_losses(model, output.hidden, batch["targets"])
-        density = output.diagnostics.get("density", jnp.ones(0))
+        total = jnp.sum(weights)
         found = {
             "nll": jnp.sum(nll, axis=0),
             "tokens": jnp.sum(weights, axis=0),
-            "density": jnp.sum(weights) * density,
+            "diagnostics": {name: total * x for name, x in output.diagnostics.items()},
         }
         return jax.tree.map(lambda x: jax.reshard(x, PartitionSpec()), found)
 

@@ -58,8 +58,8 @@ def draw(losses: Losses, window: Window, series: Series, title: str) -> dict[str
       title: which method, step and split.
     """
     groups: dict[str, Sequence[Figure]] = {"loss_by_position": [loss_figure(losses, title)]}
-    if losses.density.size:
-        groups["density"] = [density_figure(losses.density, title)]
+    if "density" in losses.diagnostics:
+        groups["density"] = [density_figure(losses.diagnostics["density"], title)]
     groups["kept"] = list(kept_figures(window, title))
     groups["weights"] = list(weight_figures(window, title))
     if any(len(kinds) > 1 for kinds in window.shares):

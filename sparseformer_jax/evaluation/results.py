@@ -34,6 +34,17 @@ def check_folder(field: str, path: Path) -> None:
         raise ConfigError(f"{field}={path}: {path.parent} cannot be written; name another file")
 
 
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """Returns what a reader must know of the numbers: what attention left out of what it chose."""
+    overflow = results.get("overflow", 0.0)
+    if not overflow:
+        return []
+    return [
+        f"overflow is {overflow:.3g}: for so large a part of the queries a capacity of attention "
+        "leaves out keys that were chosen; raise it to see them"
+    ]
+
+
 def write(path: Path, results: Mapping[str, Any]) -> str:
     """Writes results as JSON and returns a line that says where, and what they replace."""
     replaced = ", in place of an earlier file" if path.exists() else ""

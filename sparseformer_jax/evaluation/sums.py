@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,12 +23,12 @@ class Losses:
     Attributes:
       nll: sum over windows of the loss at each position in them, in nats.
       tokens: how many were predicted there, by weight.
-      density: of each layer that reports it, the mean over tokens.
+      diagnostics: of the layers that report them, by name, means over tokens.
     """
 
     nll: Float[np.ndarray, " T"]
     tokens: Float[np.ndarray, " T"]
-    density: Float[np.ndarray, " L"]
+    diagnostics: Mapping[str, Float[np.ndarray, " L"]] = dataclasses.field(default_factory=dict)
 
     @property
     def bits(self) -> Float[np.ndarray, " T"]:

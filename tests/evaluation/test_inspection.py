@@ -142,7 +142,7 @@ def test_routing_tells_which_clusters_hold_which_tokens(tmp_path, selection):
     ((method, layers),) = window.own.items()
     assert method is registry.method("attention", "routing").Method
     assert list(layers) == list(range(config.model.num_layers))
-    drawn = pictures.draw(Losses(*np.ones((3, 4))), window, {}, "run")
+    drawn = pictures.draw(Losses(*np.ones((2, 4))), window, {}, "run")
     assert {"routing_clusters", "routing_cluster_sizes"} <= set(drawn)
     for layer in layers.values():
         assert layer.options.window_size == 5

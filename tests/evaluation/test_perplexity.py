@@ -61,15 +61,16 @@ def test_parts_of_a_split(config):
     assert results["tokens"] == 3 * 32
 
 
-def test_density_is_a_mean_over_tokens(config, add_attention):
+def test_diagnostics_are_means_over_tokens(config, add_attention):
     """The last batch has fewer of them than the others."""
-    add_attention("penalised", PENALISED)
+    more = '{"overflow": jnp.mean(jnp.square(output)), "density"'
+    add_attention("penalised", PENALISED.replace('{"density"', more))
     config.attention = registry.method_config("attention", "penalised")
     corpus = data.load_corpus(config.data, "validation", data.make_tokenizer(config.data))
     batches = data.eval_batches(
         corpus, seq_len=32, batch_size=3, num_batches=0, process_index=0, process_count=1
     )
-    tokens, densities = [], []
+    tokens, found = [], {"density": [], "overflow": []}
     with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
         model_def = ModelDef(config)
         params, variables = model_def.init(jax.random.key(0))
@@ -78,9 +79,12 @@ def test_density_is_a_mean_over_tokens(config, add_attention):
     model = model_def.model(jax.tree.map(jnp.asarray, jax.device_get(params)), {}, 0)
     for batch in batches:
         inputs = (jnp.asarray(batch[name]) for name in ("inputs", "positions", "segment_ids"))
-        densities.append(float(model(*inputs).diagnostics["density"].mean()))
+        diagnostics = model(*inputs).diagnostics
+        for name, values in found.items():
+            values.append(float(diagnostics[name].mean()))
         tokens.append(batch["weights"].sum())
     assert tokens[-1] < tokens[0]
-    expected = np.average(densities, weights=tokens)
-    assert abs(np.mean(densities) / expected - 1) > 1e-4
-    np.testing.assert_allclose(results["density"], expected, rtol=1e-5)
+    for name, values in found.items():
+        expected = np.average(values, weights=tokens)
+        assert abs(np.mean(values) / expected - 1) > 1e-4
+        np.testing.assert_allclose(results[name], expected, rtol=1e-5)

@@ -18,7 +18,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def losses():
     tokens = np.full(130, 2.0)
     tokens[-1] = 0
-    return Losses(np.arange(130.0) * tokens * np.log(2), tokens, np.array([1.0, 0.25]))
+    return Losses(np.arange(130.0) * tokens * np.log(2), tokens, {"density": np.array([1.0, 0.25])})
 
 
 def window(num_layers, num_heads, kinds=("attended",)):
@@ -66,7 +66,7 @@ def test_means_weigh_tokens(losses):
 
 
 def test_density_is_a_bar_a_layer(losses):
-    (panel,) = pictures.density_figure(losses.density, "run").axes
+    (panel,) = pictures.density_figure(losses.diagnostics["density"], "run").axes
     assert [bar.get_height() for bar in panel.patches] == [1, 0.25]
     labels = [text.get_text() for text in panel.get_legend().texts]
     assert sorted(labels) == ["a layer", "mean of layers: 0.625"]
@@ -126,7 +126,7 @@ def test_many_layers_and_heads_are_pages_and_none_of_earlier_ones_stays(tmp_path
     assert names(tmp_path) == sorted([*pages, *of_kinds, *others])
     for file in (tmp_path / page for page in pages):
         assert file.read_bytes().startswith(PNG)
-    losses = Losses(losses.nll, losses.tokens, losses.density[:0])
+    losses = Losses(losses.nll, losses.tokens)
     pictures.save(tmp_path, pictures.draw(losses, window(1, 1), {}, "run"))
     assert names(tmp_path) == sorted([*others[1:], "kept.png", "weights.png"])
 

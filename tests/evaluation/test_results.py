@@ -36,6 +36,12 @@ def test_a_replaced_file_is_told(tmp_path):
     assert results.write(path, OWN) == f"written to {path}, in place of an earlier file"
 
 
+def test_overflow_is_told():
+    assert results.warnings(OWN) == results.warnings(OWN | {"overflow": 0.0}) == []
+    (line,) = results.warnings(OWN | {"overflow": 0.03125})
+    assert line.startswith("overflow is 0.0312: ")
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     results.check_folder("--output", tmp_path / "a.json")
     with pytest.raises(ConfigError, match=r"--output=.*there is no folder .*nowhere"):
