@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from sparseformer_jax.checks import ConfigError, suggest
 
@@ -80,7 +81,12 @@ def override(config: ConfigDict, argv: list[str]) -> list[str]:
     rest = values(argv)
     given = {key: values[f"config.{key}"] for key in types}
     config.update_from_flattened_dict(
-        {key: flag.value for key, flag in given.items() if flag.present}
+        {
+            # What is set to None keeps its type: it can be saved, and set again.
+            key: placeholder(types[key]) if flag.value is None else flag.value
+            for key, flag in given.items()
+            if flag.present
+        }
     )
     return rest
 

@@ -207,6 +207,16 @@ def test_json_round_trip_is_exact():
         again.model.logits_soft_cap = "high"
 
 
+def test_a_value_that_flags_set_to_none_can_be_saved():
+    config = make()
+    config.attention = ConfigDict({"name": "dense", "window": 8})
+    config_flags.override(config, ["train.py", "--config.attention.window=None"])
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert again == config
+    assert again.attention.window is None
+    assert again.attention.get_type("window") is int
+
+
 def test_a_saved_config_is_completed_with_newer_keys():
     config = default_config.get_config()
     old = config_lib.from_json(config_lib.to_json(config))
