@@ -58,6 +58,17 @@ def test_a_run_may_start_from_a_pretrained_model(method, tmp_path):
         command.inherit(config)
 
 
+@pytest.mark.parametrize("name", ["s2", "masformer"])
+def test_gates_learn_from_dense_attention_or_leave_windows(name, tmp_path):
+    other = load("dense.py:tiny")
+    other.attention = registry.method_config("attention", name)
+    (tmp_path / "config.json").write_text(to_json(other))
+    config = load("seer.py:pretrained")
+    config.init_from = str(tmp_path)
+    with pytest.raises(ConfigError, match="^attention.name='seer': gates learn from .*; the run"):
+        command.inherit(config)
+
+
 @pytest.mark.parametrize(
     ("argument", "unit", "count"),
     [
