@@ -109,7 +109,7 @@ def adopt(other: Any, num_layers: int) -> dict[str, Any]:
         return {}
     raise ValueError(
         "gates learn from dense attention and leave windows as they are; the run in init_from has "
-        f"{other}"
+        f"{type(other).__module__.rpartition('.')[2]!r}"
     )
 
 
