@@ -16,7 +16,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import BlockMask
-from sparseformer_jax.attention import _cache, _gates, _pooled_blocks, _pooled_cache
+from sparseformer_jax.attention import (
+    _cache,
+    _gates,
+    _pooled_blocks,
+    _pooled_cache,
+    _query_chunks,
+)
 from sparseformer_jax.attention._block_selection import choose
 from sparseformer_jax.attention._by_rule import RuleAttention
 from sparseformer_jax.attention._cache import Cache
@@ -76,7 +82,7 @@ class GatedAttention(RuleAttention):
             return super()._decode(inputs, start, cache, layer, shard)
         cache = _pooled_cache.write(cache, self.gate, inputs, start, layer)
         if num_queries > 1:
-            return self._attend_piece(inputs, start, cache, layer), cache
+            return self._attend_piece(inputs, start, cache, layer, shard), cache
         if options.gates == "prefill":
             kept = self._kept(cache, start, layer, inputs.query.shape[2], shard)
             return self._attend_one(inputs.query, [kept]), cache
@@ -118,16 +124,33 @@ class GatedAttention(RuleAttention):
         return Scored(scores, block < own, block == own, is_kept)
 
     def _attend_piece(
-        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, layer: Any
+        self, inputs: Inputs, start: Int[Array, " B"], cache: Cache, layer: Any, shard: Shard
     ) -> Float[Array, "B T N H"]:
-        """Attention of several queries a sequence, which start anywhere, to maps of blocks."""
-        options, capacity = self.options, None
+        """Attention of several queries a sequence, which start anywhere."""
+        options = self.options
         if options.gates == "prefill":
             chosen, _ = choose(options, self._scored_blocks(inputs, start, cache, layer))
-            chosen = chosen | (start % options.block_size != 0)[:, None, None, None]
-        else:
+            is_dense = start % options.block_size != 0
+            chosen = chosen | is_dense[:, None, None, None]
+            return self._attend_maps(inputs, chosen, start, cache, layer)
+
+        def attended(inputs: Inputs, _shard: Shard) -> jax.Array:
             chosen, _ = choose(options, self._scored_queries(inputs, cache, layer))
-            capacity = options.most_blocks(chosen.shape[-1])
+            start, most = inputs.positions[0][:, 0], options.most_blocks(chosen.shape[-1])
+            return self._attend_maps(inputs, chosen, start, cache, layer, most)
+
+        return _query_chunks.mapped(attended, inputs, shard)
+
+    def _attend_maps(
+        self,
+        inputs: Inputs,
+        chosen: Bool[Array, "B n M J"],
+        start: Int[Array, " B"],
+        cache: Cache,
+        layer: Any,
+        capacity: int | None = None,
+    ) -> Float[Array, "B T N H"]:
+        """Attention to the tokens of the cache, of each sequence to a map of its own."""
 
         def row(query: Any, key: Any, value: Any, chosen: Any, start: Any) -> jax.Array:
             inputs = Inputs(query[None], key[None], value[None])

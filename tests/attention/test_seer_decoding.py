@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparseformer_jax import mesh, presets, registry
-from sparseformer_jax.attention import _gates
+from sparseformer_jax.attention import _gates, _query_chunks
 from sparseformer_jax.checks import ConfigError
 from sparseformer_jax.training.state import ModelDef
 from tests.attention.comparison import make_attention
@@ -24,8 +24,12 @@ DECODED = {
 
 @pytest.mark.representative("first", "capacity")
 @pytest.mark.parametrize("case", DECODED)
-def test_decodes_what_the_whole_sequence_gives(case):
-    """After a prompt that ends inside a block; blocks end while one token comes after another."""
+def test_decodes_what_the_whole_sequence_gives(case, monkeypatch):
+    """After a prompt that ends inside a block; blocks end while one token comes after another.
+
+    The prompt is read in chunks of queries.
+    """
+    monkeypatch.setattr(_query_chunks, "_WIDTH", 8)
     kind, options = DECODED[case]
     attention, length = make(kind, **options), 45
     x = states(attention, 0, 2, length)
