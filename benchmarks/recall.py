@@ -159,7 +159,7 @@ def learn(config: ConfigDict, task: Recall, every: int) -> Row:
                 row["steps"].append(number)
                 row["accuracy"].append(float(right[distances > 0].mean()))
     row["distances"], row["accuracy_by_distance"] = by_distance(right, distances)
-    numbers = {name: x for name, x in metrics.items() if name != "nonfinite"}
+    numbers = {name: x for name, x in metrics.items() if name not in ("layers", "nonfinite")}
     return row | {name: float(x) for name, x in numbers.items()}
 
 

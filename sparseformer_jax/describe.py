@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from sparseformer_jax import config as config_lib
 from sparseformer_jax import mesh, units
 from sparseformer_jax.attention._cost import Cost
 from sparseformer_jax.attention.base import Attention
-from sparseformer_jax.model.transformer import Transformer
 from sparseformer_jax.training.optimizer import make_optimizer, make_schedule
 from sparseformer_jax.training.state import ModelDef, TrainState, abstract_state
 from sparseformer_jax.training.step import make_train_step
@@ -58,7 +56,7 @@ def costs(config: ConfigDict, model_def: ModelDef) -> Costs:
     if model.tie_embeddings:
         weights += model.vocab_size * model.embed_dim
     keys = (seq_len + 1) / 2 if model.is_causal else seq_len
-    layers = list(attention_layers(model_def.abstract_model()))
+    layers = list(model_def.abstract_model().attention_layers())
     evaluation, training = (
         [layer.cost(seq_len, is_training=is_training) for layer in layers]
         for is_training in (False, True)
@@ -90,15 +88,6 @@ def _through_model(model_def: ModelDef, layers: list[Attention]) -> bool:
 
     names = (layer for name in model_def.trainable() for layer in model_def.names.of(name))
     return not all(map(is_detached, names))
-
-
-def attention_layers(model: Transformer) -> Iterator[Attention]:
-    """Yields the attention module of every layer, bottom up; repeats share theirs."""
-    for stack in model.stacks:
-        for _ in range(stack.repeats):
-            block: Any
-            for block in stack.unit:
-                yield block.attention
 
 
 def summary(config: ConfigDict, model_def: ModelDef) -> str:

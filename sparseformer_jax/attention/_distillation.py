@@ -101,11 +101,12 @@ def distilled(
     shard: Shard,
     lse: Float[Array, "B T N"],
 ) -> tuple[Float[Array, "B T"], dict[str, Float[Array, ""]]]:
-    """Returns the loss of each token, and how well the gate would choose, means over rows.
+    """Returns the loss of each token, and how well the gate chooses, means over rows and heads.
 
-    "mass" is the part of the target that the chosen blocks have, "recall" that of the blocks
-    which the target itself would have chosen, "overflow" the rows that `capacity` cuts. All
-    gradients are the gate's.
+    "kl" is that of rows of which the loss speaks, in nats. Where the gate chooses, "mass" is the
+    part of the target that the chosen blocks have, "recall" that of the blocks which the target
+    itself would have chosen, "gate_density" the attended fraction of pairs, "overflow" that of
+    rows which `capacity` cuts. All gradients are the gate's.
 
     Args:
       gate: of the layer.
@@ -119,7 +120,11 @@ def distilled(
     def rows(inputs: Inputs, shard: Shard, lse: jax.Array) -> dict[str, jax.Array]:
         scored = scored_by(gate, inputs, shard)
         target, visible = target_of(options, config, inputs, shard, lse, scored)
-        return _of_rows(options, scored, checkpoint_name(target, _KEPT), visible)
+        target = checkpoint_name(target, _KEPT)
+        found = {"kl": _block_choice.divergence(target, scored.scores, visible)}
+        if options.chooses:
+            found |= _of_choice(options, scored, target, inputs, shard)
+        return {name: jnp.mean(x, axis=1, dtype=jnp.float32) for name, x in found.items()}
 
     if options.gates == "prefill":
         found = rows(inputs, shard, lse)
@@ -127,39 +132,43 @@ def distilled(
         # The target is kept: it costs a product of all queries and keys.
         policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
         found = _query_chunks.mapped(rows, inputs, shard, lse, policy=policy)
-    loss = _loss_of_tokens(options, found.pop("loss"), inputs, shard)
-    return loss, {name: jnp.mean(x) for name, x in found.items()}
+    kl = found["kl"] = _of_tokens(options, found["kl"], inputs, shard)
+    factor = options.loss_weight
+    if options.loss_reduction == "element_mean":
+        factor /= -(-inputs.key.shape[1] // options.block_size)
+    means = {name: jnp.mean(x) for name, x in found.items()}
+    return factor * kl, jax.lax.stop_gradient(means)
 
 
-def _of_rows(
-    options: DistillationOptions, scored: Scored, target: jax.Array, visible: jax.Array
+def _of_choice(
+    options: DistillationOptions, scored: Scored, target: jax.Array, inputs: Inputs, shard: Shard
 ) -> dict[str, jax.Array]:
-    """What there is to tell of each row [B, M], means over heads."""
-    rows = {"loss": _block_choice.divergence(target, scored.scores, visible)}
-    if options.chooses:
-        chosen, overflow = choose(options, scored)
-        most = options.most_blocks(target.shape[-1])
-        best = _block_choice.highest(target, scored.past, most - 1)
-        rows["mass"] = _block_choice.fraction(target * chosen, target)
-        rows["recall"] = _block_choice.fraction(best & chosen, best)
-        rows["overflow"] = overflow
-    return {name: jnp.mean(x, axis=1, dtype=jnp.float32) for name, x in rows.items()}
+    """What there is to tell of the chosen blocks of each row [B, n, M]."""
+    chosen, overflow = choose(options, scored)
+    best = _block_choice.highest(target, scored.past, options.most_blocks(target.shape[-1]) - 1)
+    num_queries, num_keys = inputs.query.shape[1], inputs.key.shape[1]
+    places = shard.query_offset + jnp.arange(num_queries)
+    pairs = _pooled_blocks.pairs(chosen, places, num_keys, options.block_size)
+    # Of those that a row has on average in the sequence.
+    all_pairs = num_queries / pairs.shape[1] * (num_keys + 1) / 2
+    return {
+        "mass": _block_choice.fraction(target * chosen, target),
+        "recall": _block_choice.fraction(best & chosen, best),
+        "gate_density": (pairs / all_pairs)[:, None],
+        "overflow": overflow,
+    }
 
 
-def _loss_of_tokens(
+def _of_tokens(
     options: DistillationOptions, rows: jax.Array, inputs: Inputs, shard: Shard
 ) -> jax.Array:
-    """Gives each token the loss of its row, so that the mean over tokens is that over rows."""
+    """Gives each token what its row has, so that the mean over tokens is that over rows."""
     num_keys, size = inputs.key.shape[1], options.block_size
-    num_blocks = -(-num_keys // size)
     if options.gates == "prefill":
-        skipped = size * int(num_blocks * options.loss_start)
+        skipped = size * int(-(-num_keys // size) * options.loss_start)
         ids = inputs.segment_ids and inputs.segment_ids[0]
-        losses = _pooled_blocks.of_tokens(rows, size, ids, inputs.query.shape[1])
+        tokens = _pooled_blocks.of_tokens(rows, size, ids, inputs.query.shape[1])
     else:
-        skipped, losses = int(num_keys * options.loss_start), rows
-    place = shard.query_offset + jnp.arange(losses.shape[1])
-    factor = options.loss_weight * num_keys / (num_keys - skipped)
-    if options.loss_reduction == "element_mean":
-        factor /= num_blocks
-    return factor * jnp.where(place >= skipped, losses, 0)
+        skipped, tokens = int(num_keys * options.loss_start), rows
+    place = shard.query_offset + jnp.arange(tokens.shape[1])
+    return num_keys / (num_keys - skipped) * jnp.where(place >= skipped, tokens, 0)

@@ -64,9 +64,9 @@ class Attention(nnx.Module):
         of its own part, and gathers what it makes of them by `shard.gather`.
       statistics_axes: the statistics by name, with the logical axis of each dimension.
       cache_axes: of what else than `Inputs` the cache holds, the same without that of layers.
-      detached: own modules whose parameters learn from the method's losses alone, through which
-        no gradient reaches what they read; where only those train, nothing else has a backward
-        pass.
+      detached: own modules that learn from the method's losses alone and pass no gradient on;
+        where only those train, nothing else has a backward pass.
+      by_layer: diagnostics of names of its own that are logged layer by layer too.
 
     Raises:
       ValueError: `needs` names anything else.
@@ -77,6 +77,7 @@ class Attention(nnx.Module):
     statistics_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
     cache_axes: ClassVar[Mapping[str, tuple[str | None, ...]]] = {}
     detached: ClassVar[frozenset[str]] = frozenset()
+    by_layer: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: ModelConfig, options: Any, *, rngs: nnx.Rngs) -> None:
         if not self.needs <= ON_DEMAND:

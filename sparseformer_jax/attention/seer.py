@@ -128,6 +128,9 @@ class Method(GatedAttention):
     """Dense attention beside a gate that learns from it, or attention to what the gate chooses."""
 
     detached: ClassVar[frozenset[str]] = frozenset({"gate"})
+    by_layer: ClassVar[frozenset[str]] = frozenset(
+        {"kl", "recall", "mass", "gate_density", "overflow"}
+    )
 
     @classmethod
     def layer_kinds(
@@ -236,7 +239,8 @@ class Method(GatedAttention):
         # a sequence is the density of the whole.
         pairs = jnp.sum(jnp.mean(found["pairs"], axis=0))
         density = pairs / (num_queries * (num_keys + 1) / 2)
-        diagnostics = {"density": density, "overflow": jnp.mean(found["overflow"])}
+        overflow = jnp.mean(found["overflow"])
+        diagnostics = {"density": density, "gate_density": density, "overflow": overflow}
         return AttentionOutput(found["output"], diagnostics=diagnostics)
 
     def _chosen_rows(self, inputs: Inputs, shard: Shard) -> dict[str, jax.Array]:

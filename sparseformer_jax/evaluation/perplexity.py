@@ -20,6 +20,7 @@ from sparseformer_jax.evaluation.plots import logged
 from sparseformer_jax.evaluation.sums import Losses
 from sparseformer_jax.model.loss import token_losses
 from sparseformer_jax.training.batches import DeviceBatch
+from sparseformer_jax.training.by_layer import ByLayer
 from sparseformer_jax.training.changes import evaluated_differently
 from sparseformer_jax.training.checkpoint import Checkpoints
 from sparseformer_jax.training.metrics import perplexity
@@ -37,6 +38,7 @@ class Evaluator:
     def __init__(self, config: ConfigDict, model_def: ModelDef, corpus: data.Corpus) -> None:
         self._config, self._corpus = config, corpus
         self._step = jax.jit(make_eval_step(model_def))
+        self._by_layer = ByLayer(model_def.abstract_model())
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Returns the `numbers` of what `measure` says of a state."""
@@ -56,7 +58,8 @@ class Evaluator:
             perplexity = exp(loss)    bits_per_byte = loss / ln 2 * tokens / bytes
 
         with tokens per byte counted over the whole split. Diagnostics are means over the layers
-        that report them, as "density", the attended fraction, which is 1 where none does.
+        that report them, as "density", the attended fraction, which is 1 where none does; those
+        that methods want layer by layer follow, "overflow/layer_3".
 
         Raises:
           NonFiniteError: the loss is not a finite number.
@@ -77,6 +80,7 @@ class Evaluator:
             "tokens": tokens,
             "density": 1.0,
             **{name: float(x.mean()) for name, x in losses.diagnostics.items()},
+            **self._by_layer.named(self._by_layer.chosen(losses.diagnostics)),
         }
 
 

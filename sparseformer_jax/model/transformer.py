@@ -250,6 +250,14 @@ class Transformer(nnx.Module):
         for stack in self.stacks:
             yield from stack.blocks()
 
+    def attention_layers(self) -> Iterator[Attention]:
+        """Returns the attention module of every layer, bottom up; repeats share theirs."""
+        for stack in self.stacks:
+            for _ in range(stack.repeats):
+                block: Any
+                for block in stack.unit:
+                    yield block.attention
+
     def output_kernel(self) -> Float[Array, "D V"]:
         """Returns the matrix of the output head, ready for use: cast and gathered."""
         _, dtype = self.config.dtypes

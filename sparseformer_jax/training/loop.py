@@ -23,6 +23,7 @@ from sparseformer_jax.evaluation.plots import logged
 from sparseformer_jax.evaluation.sums import Losses
 from sparseformer_jax.training import lock
 from sparseformer_jax.training.batches import DeviceBatch, TrainBatches
+from sparseformer_jax.training.by_layer import ByLayer
 from sparseformer_jax.training.changes import compare
 from sparseformer_jax.training.checkpoint import Checkpoints, Meta
 from sparseformer_jax.training.init_from import first_state
@@ -122,6 +123,7 @@ class Run:
         """Reads the text, builds the model and takes up a checkpoint, the newest if None."""
         config = self.config
         self.model_def = ModelDef(config)
+        self._by_layer = ByLayer(self.model_def.abstract_model())
         # Of every token, those too whose target lies in another document.
         tokens = config.train.batch_size * config.data.seq_len
         self._flops_per_step = costs(config, self.model_def).training_flops * tokens
@@ -264,7 +266,9 @@ class Run:
         num_steps = self.config.train.num_steps
         if step % self.config.train.log_every and step not in (num_steps, self.first_step + 1):
             return
-        numbers = {k: float(v) for k, v in jax.device_get(metrics).items() if k != "nonfinite"}
+        found = jax.device_get({k: v for k, v in metrics.items() if k != "nonfinite"})
+        layers = self._by_layer.named(found.pop("layers", {}))
+        numbers = {name: float(value) for name, value in found.items()} | layers
         seconds = self._clock.lap(step)
         if not math.isnan(seconds):
             numbers |= throughput(numbers["tokens"], seconds, self._flops_per_step)

@@ -83,7 +83,8 @@ class MetricWriter:
         if not self._enabled:
             return
         self._write(step, "eval", numbers)
-        pairs = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        shown = {name: value for name, value in numbers.items() if "/" not in name}  # no layers
+        pairs = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.message(f"eval at step {step}: {pairs}")
         self._painter.draw(pictures and functools.partial(self._show, step, pictures))
 

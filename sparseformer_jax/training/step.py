@@ -9,6 +9,7 @@ import optax
 
 from sparseformer_jax.model.loss import cross_entropy
 from sparseformer_jax.training import weight_sparsity
+from sparseformer_jax.training.by_layer import ByLayer
 from sparseformer_jax.training.learned_state import update_variables
 from sparseformer_jax.training.state import ModelDef, Params, TrainState
 
@@ -35,13 +36,15 @@ def make_train_step(
     the whole batch, which the forward pass takes with the variables of before.
 
     Metrics are scalars, but for "nonfinite": name -> whether a parameter's gradient, or the
-    square of its new value or of a variable's, is, for each layer that is stacked in it. Norms
-    are global, over the trainable parameters: "grad_norm" before clipping, "update_norm" of
-    what is added, "param_norm" after it is added; "variable_norm" is that of the variables.
+    square of its new value or of a variable's, is, for each layer that is stacked in it; and
+    "layers", the diagnostics that methods want layer by layer, see `ByLayer`. Norms are global,
+    over the trainable parameters: "grad_norm" before clipping, "update_norm" of what is added,
+    "param_norm" after it is added; "variable_norm" is that of the variables.
     """
     train = model_def.config.train
     names = model_def.trainable()
     seed = model_def.config.seed
+    by_layer = ByLayer(model_def.abstract_model())
 
     def piece_loss(
         trainable: Params, state: TrainState, batch: Batch, rng: jax.Array, total: jax.Array
@@ -56,7 +59,10 @@ def make_train_step(
         auxiliary = {name: value / total for name, value in output.losses.items()}
         loss = (nll + train.z_loss * log_z2) / total + sum(auxiliary.values())
         reports = {name: share * jnp.mean(value) for name, value in output.diagnostics.items()}
+        layers = jax.tree.map(lambda x: share * x, by_layer.chosen(output.diagnostics))
         metrics = {"loss": nll / total, "total_loss": loss, **auxiliary, **reports}
+        if layers:
+            metrics["layers"] = layers
         return loss, (metrics, output.statistics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

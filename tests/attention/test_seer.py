@@ -379,6 +379,8 @@ def test_reports_how_well_gates_would_choose(kind):
         found = {name: float(x) for name, x in attend(attention, inputs).diagnostics.items()}
         assert found["density"] == 1  # in training
         assert found["overflow"] == 0
+        assert found["gate_density"] == pytest.approx(attention.density(64))
+        assert found["kl"] > 0
         if budget > 64:
             assert found["mass"] == pytest.approx(1)
             assert found["recall"] == 1

@@ -1,12 +1,14 @@
 """Training with SeerAttention: what it costs, and gates and weights that learn together."""
 
 import dataclasses
+import json
 import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
@@ -22,11 +24,14 @@ from sparseformer_jax.config import validate
 from sparseformer_jax.evaluation.perplexity import make_eval_step
 from sparseformer_jax.model.rotary import rotary
 from sparseformer_jax.model.stack import rematerialized
+from sparseformer_jax.training import loop
+from sparseformer_jax.training.by_layer import ByLayer
 from sparseformer_jax.training.checkpoint import Checkpoints, Meta
 from sparseformer_jax.training.init_from import first_state
 from sparseformer_jax.training.optimizer import make_optimizer
 from sparseformer_jax.training.restore import saved_form
-from sparseformer_jax.training.state import ModelDef
+from sparseformer_jax.training.state import ModelDef, abstract_state
+from sparseformer_jax.training.step import make_train_step
 from tests.attention.seer_cases import GATES, SIZE, inputs_of, kinds, make, states, token_mask
 from tests.model import reference
 from tests.model.harness import assert_close, in_float64, normal, packed, pure
@@ -162,7 +167,7 @@ def test_a_longer_context_starts_from_distilled_gates(tmp_path):
     assert set(after.opt_state[0].mu) == set(after.params)
     assert "model.rope_scaling" in note
     assert "initialised" not in note
-    gate = next(describe.attention_layers(model_def.abstract_model())).gate
+    gate = next(model_def.abstract_model().attention_layers()).gate
     x, positions = jnp.asarray(normal(0, 1, 3, 4, 16)), 9000 * jnp.arange(3)[None]
     turned = rotary(x, positions, model_def.abstract_model().config)
     np.testing.assert_array_equal(gate.queries(x, positions), turned)
@@ -176,6 +181,44 @@ def first(config):
     params = {name: model_def.params[name] for name in model_def.trainable()}
     optimizer = make_optimizer(config.optimizer, config.train.num_steps, params)
     return model_def, *first_state(model_def, optimizer, jax.random.key(config.seed))
+
+
+def test_layers_with_gates_report_one_by_one():
+    config = config_flags.load(f"{CONFIG}:tiny")
+    config.model.num_layers = 3
+    config.attention.update(window_size=8, window_layers=(1,))
+    with jax.set_mesh(mesh.make_mesh({"data": 8})):
+        model_def = ModelDef(config)
+        optimizer, schedule = optax.sgd(1.0), optax.constant_schedule(1.0)
+        state = abstract_state(model_def, optimizer, jax.sharding.get_mesh())
+        batch = describe.abstract_batch(config, jax.sharding.get_mesh())
+        _, metrics = jax.eval_shape(make_train_step(model_def, optimizer, schedule), state, batch)
+    by_layer = ByLayer(model_def.abstract_model())
+    values = {name: np.arange(*x.shape) for name, x in metrics["layers"].items()}
+    named = by_layer.named(values)
+    for name in ("kl", "recall", "mass", "gate_density", "overflow"):
+        assert metrics[name].shape == ()
+        assert (named[f"{name}/layer_0"], named[f"{name}/layer_2"]) == (0, 1)
+        assert f"{name}/layer_1" not in named
+
+
+@pytest.mark.exhaustive
+def test_a_run_logs_its_layers(tmp_path):
+    config = config_flags.load(f"{CONFIG}:tiny")
+    config.train.num_steps, config.optimizer.warmup_steps = 2, 1
+    config.eval.num_batches = 1
+    loop.train(config, tmp_path)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for kind, names in (
+        ("train", ("kl", "recall", "mass")),
+        ("eval", ("gate_density", "overflow")),
+    ):
+        line = next(line for line in lines if f"{kind}/loss" in line)
+        for name in names:
+            layers = [line[f"{kind}/{name}/layer_{i}"] for i in range(2)]
+            assert line[f"{kind}/{name}"] == pytest.approx(np.mean(layers))
+    (events,) = tmp_path.glob("events.out.tfevents*")
+    assert b"train/recall/layer_1" in events.read_bytes()
 
 
 @kinds
