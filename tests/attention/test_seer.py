@@ -343,9 +343,9 @@ def test_queries_learn_in_chunks_what_they_learn_at_once(monkeypatch):
         inputs = inputs_of(attention, x, positions, ids, noise=Noise(jax.random.key(0)))
         return attention.attend(inputs, Shard(num_heads=4))
 
-    whole = run(x)
+    whole = jax.jit(run)(x)
     monkeypatch.setattr(_query_chunks, "_WIDTH", 16)
-    chunks = run(x)
+    chunks = jax.jit(lambda x: run(x))(x)
     np.testing.assert_allclose(chunks.losses["gate"], whole.losses["gate"], atol=1e-5)
     for name, value in whole.diagnostics.items():
         assert chunks.diagnostics[name] == pytest.approx(float(value), abs=1e-6), name

@@ -83,7 +83,7 @@ def pieces(x, starts, counts):
     return jnp.take_along_axis(x, index[..., None], 1), jnp.asarray(starts), jnp.asarray(counts)
 
 
-@pytest.mark.representative("density", "threshold")
+@pytest.mark.representative("threshold")
 @pytest.mark.parametrize("case", PROMPTS)
 def test_prompts_are_read_as_whole_sequences(case):
     """Rows of different lengths, whose last blocks are short, at once and in two pieces.
