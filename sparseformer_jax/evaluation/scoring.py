@@ -132,7 +132,8 @@ class Scorer:
             "inputs": tokens[:, :-1],
             "targets": tokens[:, 1:],
             "positions": positions,
-            "segment_ids": np.zeros_like(positions),
+            # What fills a row is another document: gates pool blocks of tokens.
+            "segment_ids": (positions >= ends).astype(np.int32),
             "weights": ((positions >= firsts) & (positions < ends)).astype(np.float32),
         }
 

@@ -9,9 +9,11 @@ from sparseformer_jax.training.checkpoint import Checkpoints, Meta
 from sparseformer_jax.training.state import ModelDef
 
 
-def write_checkpoint(workdir):
+def write_checkpoint(workdir, attention=None):
     """Writes step 3 of a run; returns its config, and the model on one device."""
     config = presets.baseline("tiny")
+    if attention is not None:
+        config.attention = attention
     config.data.seq_len = 32
     with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
         model_def = ModelDef(config)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from sparseformer_jax import registry
 from sparseformer_jax.checks import NonFiniteError
 from sparseformer_jax.evaluation.scoring import Scorer, Window
 from tests.evaluation.checkpoints import write_checkpoint
@@ -58,3 +59,13 @@ def test_parameters_that_predict_nothing_are_told(scored, monkeypatch):
     monkeypatch.setattr(scorer, "_state", dataclasses.replace(scorer._state, params=params))
     with pytest.raises(NonFiniteError, match="these parameters predict nothing"):
         scorer([Window(np.arange(5), 1)], lambda count: 8)
+
+
+def test_what_fills_a_row_is_in_no_block_of_a_gate(tmp_path):
+    gate = registry.method_config("attention", "seer", block_size=8, token_budget=16)
+    config, _ = write_checkpoint(tmp_path, gate)
+    window = Window(np.random.default_rng(0).integers(0, 256, 30), 20)
+    scorer = Scorer(config, tmp_path)
+    # The last block has 5 tokens, alone in its row or with others beside them.
+    exact, filled = (scorer([window], lambda _, size=size: size).nll for size in (29, 32))
+    np.testing.assert_allclose(filled, exact, rtol=1e-6)
