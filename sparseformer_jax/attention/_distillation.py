@@ -140,6 +140,31 @@ def distilled(
     return factor * kl, jax.lax.stop_gradient(means)
 
 
+def told(
+    gate: BlockGate,
+    options: DistillationOptions,
+    config: ModelConfig,
+    inputs: Inputs,
+    shard: Shard,
+    lse: Float[Array, "B T N"],
+) -> dict[str, Array]:
+    """Returns the shares of the "gate" [B, n, M, J], its "target", and which blocks are "past".
+
+    Args:
+      gate: of the layer.
+      options: of the gate.
+      config: of the model.
+      inputs: of the layer.
+      shard: where they lie.
+      lse: log-sum-exp of dense attention.
+    """
+    scored = scored_by(gate, inputs, shard)
+    target, visible = target_of(options, config, inputs, shard, lse, scored)
+    shares = jnp.where(visible, jnp.exp(_block_choice.log_shares(scored.scores, visible)), 0)
+    past = jnp.broadcast_to(scored.past[:, 0], (len(target), *target.shape[2:]))
+    return {"gate": shares, "target": target, "past": past}
+
+
 def _of_choice(
     options: DistillationOptions, scored: Scored, target: jax.Array, inputs: Inputs, shard: Shard
 ) -> dict[str, jax.Array]:

@@ -16,17 +16,19 @@ comes from dense attention of the same queries and keys, without gradient.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from pallas_kernels.rules import Dense, Rule
 from sparseformer_jax.attention import (
     _gate_cost,
+    _gate_figures,
     _gates,
     _pooled_blocks,
     _query_chunks,
@@ -36,12 +38,16 @@ from sparseformer_jax.attention import (
 from sparseformer_jax.attention._block_selection import choose
 from sparseformer_jax.attention._block_sparse import attend_blocks, check_implementation
 from sparseformer_jax.attention._cost import Cost
-from sparseformer_jax.attention._distillation import DistillationOptions, distilled, target_of
+from sparseformer_jax.attention._distillation import DistillationOptions, distilled, target_of, told
 from sparseformer_jax.attention._gate_scores import Scored, mean_pooled, scored_by
 from sparseformer_jax.attention._gated import GatedAttention
 from sparseformer_jax.attention.base import Attention, AttentionOutput
 from sparseformer_jax.attention.inputs import Inputs, Shard
+from sparseformer_jax.figures import Shown
 from sparseformer_jax.model.config import ModelConfig
+
+if TYPE_CHECKING:  # of an extra
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +192,32 @@ class Method(GatedAttention):
             output = super().attend(inputs, shard).output
             return AttentionOutput(output, diagnostics={"density": jnp.ones(())})
         return self._attend_chosen(inputs, shard)
+
+    def inspect(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        *,
+        step: Any = 0,
+    ) -> dict[str, Array]:
+        """Returns what the gate says of blocks and what dense attention does, see `told`.
+
+        Args:
+          x: what the module is called with, as are the others.
+          positions: of each token in its document.
+          segment_ids: document of each token; None: one.
+          step: of training.
+        """
+        shard = Shard(num_heads=self.config.num_heads)
+        inputs = self._inputs(x, positions, segment_ids, None, step)
+        _, lse = self._dense(inputs, shard)
+        return told(self.gate, self.options, self.config, inputs, shard, lse)
+
+    @classmethod
+    def figures(cls, shown: Shown) -> Mapping[str, Sequence["Figure"]]:
+        """Returns what gates say of blocks beside what is true, and how well, by layer."""
+        return _gate_figures.draw(shown)
 
     def _attend_in_training(self, inputs: Inputs, shard: Shard) -> AttentionOutput:
         """Dense attention or, jointly, that to what the gate chooses, with the gate's loss."""
