@@ -52,7 +52,7 @@ def test_losses_are_those_of_positions_and_weigh_tokens(tmp_path):
     np.testing.assert_allclose(losses.bits, bits / tokens, rtol=1e-5)
     mean = np.average(losses.bits, weights=losses.tokens)
     np.testing.assert_allclose(mean, whole["loss"] / np.log(2), rtol=1e-6)
-    np.testing.assert_array_equal(losses.density, np.ones(config.model.num_layers))
+    np.testing.assert_array_equal(losses.diagnostics["density"], np.ones(config.model.num_layers))
 
 
 def test_a_position_without_tokens_has_no_loss(tmp_path):
