@@ -52,11 +52,11 @@ def assert_masked_softmax(attention, mask):
     assert_close(results, truth, 1e-5)
 
 
-def assert_same_on_mesh(attention, sizes, num_tokens):
-    """Output and diagnostics on a mesh of eight devices are those of one."""
+def assert_same_on_mesh(attention, sizes, num_tokens, rng=None):
+    """Output, losses and diagnostics on a mesh of eight devices are those of one."""
     x = normal(0, 8, num_tokens, attention.config.embed_dim)
     segment_ids, positions = packed(np.random.default_rng(0), 8, num_tokens)
-    run = jax.jit(lambda module, *arguments: module(*arguments))
+    run = jax.jit(lambda module, *arguments: module(*arguments, rng=rng))
     expected = run(attention, x, positions, segment_ids)
     with jax.set_mesh(mesh.make_mesh(sizes)):
         ids = (put(ids, "batch", "seq") for ids in (positions, segment_ids))

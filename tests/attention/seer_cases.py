@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparseformer_jax.attention._block_selection import choose
 from sparseformer_jax.attention.inputs import Noise, Shard
 from tests.attention.comparison import make_attention
 from tests.model.harness import normal
@@ -40,13 +41,25 @@ def inputs_of(attention, x, positions=None, ids=None, noise=None):
     if positions is None:
         positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
     ids = None if ids is None else jnp.asarray(ids)
-    inputs = attention._inputs(jnp.asarray(x), jnp.asarray(positions), ids, None, 0)
+    inputs = _projected(attention, jnp.asarray(x), jnp.asarray(positions), ids)
     return dataclasses.replace(inputs, noise=noise)
+
+
+@jax.jit
+def _projected(attention, x, positions, ids):
+    return attention._inputs(x, positions, ids, None, 0)
 
 
 @jax.jit
 def attend(attention, inputs):
     return attention.attend(inputs, Shard(num_heads=attention.config.num_heads))
+
+
+@jax.jit
+def choice(attention, inputs):
+    """Scores of blocks, which of them are chosen, and in which rows more would be."""
+    scored = attention._scored(inputs, Shard(num_heads=attention.config.num_heads))
+    return scored.scores, *choose(attention.options, scored)
 
 
 def losses(attention, *arrays):

@@ -16,7 +16,6 @@ from jax.extend.core import jaxprs_in_params
 from sparseformer_jax import config as config_lib
 from sparseformer_jax import config_flags, describe, mesh, registry
 from sparseformer_jax.attention import _block_choice
-from sparseformer_jax.attention._block_selection import choose
 from sparseformer_jax.attention._gate_cost import gate_flops
 from sparseformer_jax.attention._gate_scores import scored_by
 from sparseformer_jax.attention.inputs import Shard
@@ -32,7 +31,17 @@ from sparseformer_jax.training.optimizer import make_optimizer
 from sparseformer_jax.training.restore import saved_form
 from sparseformer_jax.training.state import ModelDef, abstract_state
 from sparseformer_jax.training.step import make_train_step
-from tests.attention.seer_cases import GATES, SIZE, inputs_of, kinds, make, states, token_mask
+from tests.attention.comparison import assert_same_on_mesh
+from tests.attention.seer_cases import (
+    GATES,
+    SIZE,
+    choice,
+    inputs_of,
+    kinds,
+    make,
+    states,
+    token_mask,
+)
 from tests.model import reference
 from tests.model.harness import assert_close, in_float64, normal, packed, pure
 
@@ -115,7 +124,7 @@ def test_jointly_weights_learn_from_chosen_blocks_and_gates_from_all(kind, array
     (x, positions, ids), weights = arrays
     joint, apart = (make(kind, joint=is_joint, **CHOICES[kind]) for is_joint in (True, False))
     (found, of_x), output = joint_gradients(joint, *arrays)
-    chosen, _ = choose(joint.options, joint._scored(joint._inputs(*arrays[0], None, 0), SHARD))
+    _, chosen, _ = choice(joint, inputs_of(joint, *arrays[0]))
     visible = np.tri(x.shape[1], dtype=bool) & reference.same_segment(np.asarray(ids))
     mask = token_mask(kind, chosen, x.shape[1]) & visible
     assert mask.mean() < 0.8 * visible.mean()
@@ -139,6 +148,16 @@ def test_jointly_recomputing_changes_nothing(kind, remat, arrays):
     joint = make(kind, joint=True, **CHOICES[kind])
     expected = joint_gradients(joint, *arrays)
     assert_close(joint_gradients(joint, *arrays, remat), expected, 1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("prefill", {"tensor": 2, "context": 2, "data": 2}), ("group", {"context": 8})],
+)
+def test_jointly_all_meshes_learn_alike(kind, sizes):
+    joint = make(kind, joint=True, **CHOICES[kind])
+    assert_same_on_mesh(joint, sizes, 32, rng=jax.random.key(0))
 
 
 def test_a_longer_context_starts_from_distilled_gates(tmp_path):
