@@ -73,11 +73,12 @@ def numbers(layer: _Layer) -> dict[str, Float[np.ndarray, " n"]]:
 
 
 def _maps(shown: Shown, layers: list[_Layer]) -> Iterator["Figure"]:
-    """Pages with a row a layer and two columns a head."""
+    """Pages with a row a layer and two columns a head, as many heads on one as on the next."""
     heads = len(layers[0].gate)
+    pages = -(-heads // _MAX_HEADS)
     for first in range(0, len(layers), _MAX_LAYERS):
-        for left in range(0, heads, _MAX_HEADS):
-            columns = range(left, min(left + _MAX_HEADS, heads))
+        for page in range(pages):
+            columns = range(page * heads // pages, (page + 1) * heads // pages)
             yield _page(shown, layers[first : first + _MAX_LAYERS], columns)
 
 
@@ -86,7 +87,7 @@ def _page(shown: Shown, layers: list[_Layer], heads: range) -> "Figure":
     from matplotlib.patches import Patch
 
     side = min(1.6, (figures.WIDTH - 0.6) / (2 * len(heads)))  # inches of a panel
-    inches = max(5.5, 2 * side * len(heads) + 0.6), (side + 0.1) * len(layers) + 1.4
+    inches = max(6.5, 2 * side * len(heads) + 0.6), (side + 0.1) * len(layers) + 1.4
     figure = Figure(figsize=inches, dpi=figures.DPI, layout="constrained")
     panels = figure.subplots(len(layers), 2 * len(heads), squeeze=False, sharex=True, sharey=True)
     for row, layer in zip(panels, layers, strict=True):
@@ -102,8 +103,8 @@ def _page(shown: Shown, layers: list[_Layer], heads: range) -> "Figure":
     options = layers[0].options
     size, kind = options.block_size, "query" if options.gates == "prefill" else "key/value"
     figure.suptitle(
-        f"{shown.title}: blocks of {size} keys by {kind} head, first {len(shown.tokens)} tokens of "
-        "the split\nshade: root of the share over the row's largest",
+        f"{shown.title}: blocks of {size} keys by {kind} head\nfirst {len(shown.tokens)} tokens of "
+        "the split; shade: root of the share over the row's largest",
         fontsize=9,
     )
     handles = [
@@ -139,18 +140,20 @@ def _recall(shown: Shown, layers: list[_Layer]) -> "Figure":
     found = [numbers(layer) for layer in layers]
     place = [layer.number for layer in layers]
     has_log = any(f"train/kl/layer_{number}" in shown.series for number in place)
+    width = min(0.7, len(place) / 8)
     figure, panels = figures.new(1 + has_log, len(_NUMBERS), height=5.6 if has_log else 3.2)
     for column, (name, label) in enumerate(_NUMBERS.items()):
         panel = panels[0, column]
         means = [of_heads[name].mean() for of_heads in found]
-        width = min(0.7, len(place) / 8)
         panel.bar(place, means, width=width, color=figures.PALE, label="mean of heads")
         dots = [(number, x) for number, own in zip(place, found, strict=True) for x in own[name]]
-        panel.scatter(*zip(*dots, strict=True), s=6, color=figures.DARK, zorder=3, label="a head")
+        size = 6 if len(place) <= 12 else 2
+        style = {"s": size, "color": figures.DARK, "zorder": 3, "label": "a head"}
+        panel.scatter(*zip(*dots, strict=True), **style)
         if name == "mass":
             best = [of_heads["true_mass"].mean() for of_heads in found]
-            style = {"color": figures.RED, "markersize": 9, "label": "of the true quarter"}
-            panel.plot(place, best, "_", **style)
+            ends = (np.array(place) - width / 2, np.array(place) + width / 2)
+            panel.hlines(best, *ends, color=figures.RED, label="of the true quarter")
         panel.set(xlabel="layer", ylim=(0, 1 if name == "recall" else None))
         panel.set_title(label, fontsize=9)
         panel.xaxis.get_major_locator().set_params(integer=True)
