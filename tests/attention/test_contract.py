@@ -277,7 +277,7 @@ def test_sparsity_off_documents_are_as_if_alone(subject, dense_options):
         assert_close(together[0, row], output[0, :length], 1e-5)
 
 
-@pytest.mark.representative("combiner", "s2")
+@pytest.mark.representative("s2")
 def test_density_is_the_fraction_of_pairs_attended(subject, own):
     attention, seq_len = subject.attention(), subject.config.data.seq_len
     config = attention.config

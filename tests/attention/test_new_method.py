@@ -120,6 +120,7 @@ def train(config, batch, device_mesh, state=None):
         return jax.device_get((start, metrics, (state.params, state.variables)))
 
 
+@pytest.mark.exhaustive
 def test_a_new_method_trains_on_any_mesh(config, batch):
     one_device = mesh.make_mesh({}, jax.devices()[:1])
     start, metrics, (params, variables) = train(config, batch, one_device)

@@ -71,6 +71,7 @@ def test_other_text_at_the_same_paths_changes_the_run(config):
         assert not changes.harmless
 
 
+@pytest.mark.exhaustive
 def test_another_batch_neither_replays_nor_skips(run, finished, monkeypatch):
     """After 4 steps of 16 in 2 pieces, 2 of 24 in 3 take the examples from 64 on."""
     taken = []

@@ -124,6 +124,7 @@ def test_what_does_not_fit_is_one_line(config, source, add_attention):
     refused(gated, "init_from='nowhere': nowhere holds no checkpoints")
 
 
+@pytest.mark.exhaustive
 def test_masformer_from_a_dense_run_trains_resumes_and_evaluates(config, tmp_path, capsys):
     """The dense run is gone when it resumes."""
     config.train.accumulation_steps, config.model.dropout = 1, 0.0
