@@ -106,7 +106,7 @@ def test_quickstart_is_valid_on_one_device(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.representative("combiner")  # tests/training trains the others
+@pytest.mark.representative("dense")  # tests/training trains the others
 def test_tiny_trains_two_steps(method, tmp_path, capsys):
     config = load(f"{method}.py:tiny")
     config.train.num_steps = 2

@@ -307,7 +307,7 @@ def test_dropout_is_a_function_of_the_key(subject):
 
 
 @pytest.mark.parametrize("remat", ["full", "dots_saveable"])
-@pytest.mark.representative("combiner-full", "masformer-full")
+@pytest.mark.representative("combiner-full")
 def test_recomputing_changes_nothing(subject, remat):
     config = subject.changed(remat=remat)
     actual = subject.gradients_of(config, subject.params, subject.variables, subject.batch)

@@ -59,6 +59,7 @@ def test_loops_over_lists(name):
     kernel_cases.assert_agree(actual, kernel_cases.expected(call), case.dtype)
 
 
+@pytest.mark.exhaustive
 def test_vmap_folds_into_the_batch():
     """Arrays and masks are mapped, or one of them alone."""
     case = kernel_cases.CASES["pattern_per_query_head"]

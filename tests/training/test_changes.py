@@ -121,6 +121,7 @@ def test_a_shorter_run_says_that_nothing_was_trained(run, finished, capsys):
     assert "beyond train.num_steps=2: nothing was trained" in printed
 
 
+@pytest.mark.exhaustive
 def test_an_older_step_leaves_the_newer_ones_behind(run, finished, capsys):
     before = (finished / "metrics.jsonl").read_text()
     (finished / "eval_validation_4.json").write_text('{"step": 4}')

@@ -47,6 +47,7 @@ def test_compiling_ends_at_once(config, tmp_path, on_call, capsys):
     assert saved(tmp_path) is None
 
 
+@pytest.mark.exhaustive
 def test_a_step_is_saved_without_evaluating_first(config, tmp_path, on_call, capsys):
     config.eval.every, config.checkpoint.every = 1, 0
     on_call(loop.TrainBatches, "__next__", call=2)
