@@ -209,7 +209,8 @@ def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
     if mesh.is_primary():
         if plots is not None:
             print(f"pictures are in {plots}", file=sys.stderr)
-        print(json.dumps(found, indent=2))
+        # Of each layer, "overflow/layer_7", in the file only.
+        print(json.dumps({name: x for name, x in found.items() if "/" not in name}, indent=2))
         for line in results.warnings(found):
             print(line, file=sys.stderr)
         print(results.write(output or workdir / results.file_name(found), found), file=sys.stderr)
