@@ -10,7 +10,7 @@ Layers of windows stay as they are.
 
 tiny: 0.1 M parameters, seconds on a CPU, for tests; gates of single queries, two blocks each.
 small: gates of blocks for a run of configs/dense.py:small, at a density of 0.2.
-paper: Llama 3.1 8B, 500 steps of 16 x 65,536 tokens, which name `init_from` an import of it.
+paper: Llama 3.1 8B, 500 steps of 16 x 65,536 tokens; `init_from` names an import of it.
 pretrained: gates for any imported model, which `init_from` names, in windows of 1024 tokens.
 extend: Llama 3, 8.1 B parameters with gates, from 8k to 32k tokens by YaRN, all trained together as
 in the first version of 2410.13276, but with KL for its MSE; after the gates, and from that run:

@@ -197,6 +197,7 @@ def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
     command.validate(config)
     from sparseformer_jax import mesh
     from sparseformer_jax.evaluation import perplexity, results
+    from sparseformer_jax.training.by_layer import without_layers
 
     workdir, output = pathlib.Path(own.workdir), own.output and pathlib.Path(own.output)
     if mesh.is_primary():
@@ -209,8 +210,7 @@ def _evaluate(own: flags.FlagValues, argv: list[str]) -> None:
     if mesh.is_primary():
         if plots is not None:
             print(f"pictures are in {plots}", file=sys.stderr)
-        # Of each layer, "overflow/layer_7", in the file only.
-        print(json.dumps({name: x for name, x in found.items() if "/" not in name}, indent=2))
+        print(json.dumps(without_layers(found), indent=2))
         for line in results.warnings(found):
             print(line, file=sys.stderr)
         print(results.write(output or workdir / results.file_name(found), found), file=sys.stderr)

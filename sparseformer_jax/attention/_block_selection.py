@@ -41,9 +41,9 @@ class SelectionOptions(GateOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = {n: getattr(self, n) for n in _CHOICES if getattr(self, n) is not None}
+        given = [f"{n}={getattr(self, n)}" for n in _CHOICES if getattr(self, n) is not None]
         if len(given) > 1:
-            raise ValueError(f"{given}: these choose blocks each in its own way; set one")
+            raise ValueError(f"{' and '.join(given)}: each chooses blocks in its own way; set one")
         for name in ("density", "threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:

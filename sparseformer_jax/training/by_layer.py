@@ -6,6 +6,11 @@ from typing import Any
 from sparseformer_jax.model.transformer import Transformer
 
 
+def without_layers(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns numbers by name for a person to read: those of single layers stay in files."""
+    return {name: value for name, value in numbers.items() if "/layer_" not in name}
+
+
 class ByLayer:
     """Which diagnostics those are, and of which layers.
 

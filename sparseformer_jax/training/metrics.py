@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseformer_jax import figures, units
 from sparseformer_jax.evaluation.plots import Painter, has_matplotlib
+from sparseformer_jax.training.by_layer import without_layers
 from sparseformer_jax.training.progress import Progress
 from sparseformer_jax.training.workdir import METRICS_FILE
 
@@ -83,8 +84,7 @@ class MetricWriter:
         if not self._enabled:
             return
         self._write(step, "eval", numbers)
-        shown = {name: value for name, value in numbers.items() if "/" not in name}  # no layers
-        pairs = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        pairs = "  ".join(f"{k} {value:.4g}" for k, value in without_layers(numbers).items())
         self.message(f"eval at step {step}: {pairs}")
         self._painter.draw(pictures and functools.partial(self._show, step, pictures))
 

@@ -35,3 +35,11 @@ def test_a_step_shows_what_the_device_achieves(tmp_path, capsys):
     writer.close()
     line = "step 1/10  loss 0.0000  ppl 1.00  tok/s 4000  FLOP/s 25 T  mfu 2.5%  eta 0:01:00\n"
     assert capsys.readouterr().out == line
+
+
+def test_a_person_reads_no_single_layers(tmp_path, capsys):
+    writer = metrics.MetricWriter(tmp_path, 0, 10, is_primary=True)
+    writer.evaluation(1, {"overflow": 0.25, "overflow/layer_0": 0.5, "overflow/layer_1": 0.0})
+    writer.close()
+    assert capsys.readouterr().out.strip() == "eval at step 1: overflow 0.25"
+    assert '"eval/overflow/layer_0": 0.5' in (tmp_path / workdir.METRICS_FILE).read_text()
