@@ -3,7 +3,9 @@
 A method module has a frozen dataclass `Options`, its hyper-parameters with
 defaults, and a class `Method`. It may have `check(options, config) -> None`, which
 raises ValueError where the options and the rest of the config do not fit,
-`notes(options) -> list[str]`, which returns what a run says of them as it starts, and
+`notes(options) -> list[str]`, which returns what a run says of them as it starts,
+`sweep(options, seq_len) -> list[dict[str, Any]]`, which returns options to draw perplexity over
+density with, and
 `adopt(other, num_layers) -> dict[str, Any]`, which returns options that follow from those of
 the run in `init_from` whose settings a run takes, and raises ValueError where they do not fit.
 """
@@ -91,6 +93,12 @@ def notes(kind: str, section: ConfigDict) -> list[str]:
     """Returns what the method named in a config section has to say of its options."""
     told = getattr(method(kind, section.name), "notes", None)
     return [] if told is None else told(options(kind, section))
+
+
+def sweep(kind: str, section: ConfigDict, seq_len: int) -> list[dict[str, Any]]:
+    """Returns the options of other densities that the method named in a config section offers."""
+    offered = getattr(method(kind, section.name), "sweep", None)
+    return [] if offered is None else offered(options(kind, section), seq_len)
 
 
 def adopt(kind: str, section: ConfigDict, other: ConfigDict, num_layers: int) -> None:

@@ -1,7 +1,7 @@
 """Which blocks of keys rows attend to: how many, which always, and those of the highest scores."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from sparseformer_jax.attention._gate_scores import Scored
 from sparseformer_jax.attention._gates import GateOptions
 
 _CHOICES = ("density", "threshold", "token_budget")
+_DENSITIES = (0.1, 0.2, 0.3, 0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,17 @@ class SelectionOptions(GateOptions):
             count = _block_choice.count_of_density(self.density, num_blocks)
             return min(max(count, 1 + self.keeps_first), num_blocks)
         return min(self.capacity or num_blocks, num_blocks)
+
+
+def sweep(options: SelectionOptions, seq_len: int) -> list[dict[str, Any]]:
+    """Returns options that attend to more and more of a sequence; the last are dense."""
+    dense = dict.fromkeys((*_CHOICES, "capacity"))
+    if options.gates == "prefill":
+        return [*(dense | {"density": x} for x in _DENSITIES), dense]
+    size = options.block_size
+    least = size * (1 + options.keeps_first)
+    budgets = {max(least, int(x * seq_len) // size * size) for x in _DENSITIES}
+    return [*(dense | {"token_budget": x} for x in sorted(budgets)), dense]
 
 
 def choose(options: SelectionOptions, scored: Scored) -> tuple[jax.Array, jax.Array]:

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from pallas_kernels.rules import Dense, Rule
 from sparseformer_jax.attention import (
+    _block_selection,
     _gate_cost,
     _gate_figures,
     _gates,
@@ -35,7 +36,6 @@ from sparseformer_jax.attention import (
     dense,
     masformer,
 )
-from sparseformer_jax.attention._block_selection import choose
 from sparseformer_jax.attention._block_sparse import attend_blocks, check_implementation
 from sparseformer_jax.attention._cost import Cost
 from sparseformer_jax.attention._distillation import DistillationOptions, distilled, target_of, told
@@ -128,6 +128,11 @@ def notes(options: Options) -> list[str]:
             f"together, so {told} may profit from tokens of the same block that follow"
         ]
     return []
+
+
+def sweep(options: Options, seq_len: int) -> list[dict[str, Any]]:
+    """Returns options that attend to more and more of a sequence; the last are dense."""
+    return _block_selection.sweep(options, seq_len)
 
 
 class Method(GatedAttention):
@@ -277,7 +282,7 @@ class Method(GatedAttention):
 
     def _chosen_rows(self, inputs: Inputs, shard: Shard) -> dict[str, jax.Array]:
         """The same of queries, with pairs and overflow of their rows [B, M], means over heads."""
-        chosen, overflow = choose(self.options, self._scored(inputs, shard))
+        chosen, overflow = _block_selection.choose(self.options, self._scored(inputs, shard))
         places = shard.query_offset + jnp.arange(inputs.query.shape[1])
         num_keys, size = inputs.key.shape[1], self.options.block_size
         most = self.options.most_blocks(chosen.shape[-1])

@@ -1,5 +1,6 @@
 """Perplexity and bits per byte of held-out text."""
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from sparseformer_jax import config as config_lib
-from sparseformer_jax import data, mesh
+from sparseformer_jax import data, mesh, registry
 from sparseformer_jax.build import make_tokenizer
 from sparseformer_jax.checks import NonFiniteError
 from sparseformer_jax.evaluation import inspection, pictures, sums
@@ -109,6 +110,18 @@ def make_eval_step(
     return step
 
 
+def at_other_densities(
+    config: ConfigDict, corpus: data.Corpus, state: TrainState
+) -> list[dict[str, float]]:
+    """Returns what an `Evaluator` says of a state with each options of the method's `sweep`."""
+    found = []
+    for options in registry.sweep("attention", config.attention, config.data.seq_len):
+        other = copy.deepcopy(config)
+        other.attention.update(options)
+        found.append(Evaluator(other, ModelDef(other), corpus)(state))
+    return found
+
+
 def evaluate_checkpoint(
     config: ConfigDict,
     workdir: Path,
@@ -150,11 +163,15 @@ def evaluate_checkpoint(
         evaluator = Evaluator(config, model_def, corpus)
         losses = evaluator.measure(state)
         results = evaluator.numbers(losses)
-        window = None
+        window, points = None, [results]
         if plots is not None:
+            points = [results, *at_other_densities(config, corpus, state)]
             window = inspection.first_window(config, model_def, corpus, state)
     if plots is not None and window is not None:
         title = f"{config.attention.name}, step {step}, {split}"
-        pictures.save(plots, pictures.draw(losses, window, logged(workdir, step), title))
+        drawn = pictures.draw(losses, window, logged(workdir, step), title)
+        if len(points) > 1:
+            drawn["perplexity_by_density"] = pictures.sweep_figure(points, title)
+        pictures.save(plots, drawn)
     subject = {"step": step, "split": split, "text": corpus.fingerprint, "overrides": overrides}
     return {**subject, **results}

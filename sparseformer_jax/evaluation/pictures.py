@@ -85,7 +85,8 @@ def save(folder: Path, drawn: Mapping[str, "Figure"]) -> list[Path]:
     paths = [folder / f"{name}.png" for name in drawn]
     for path, figure in zip(paths, drawn.values(), strict=True):
         figures.save(figure, path)
-    groups = {"density", "weight_by_kind", *(re.sub(r"_\d+$", "", name) for name in drawn)}
+    fixed = {"density", "weight_by_kind", "perplexity_by_density"}
+    groups = {*fixed, *(re.sub(r"_\d+$", "", name) for name in drawn)}
     for path in set(folder.glob("*.png")) - set(paths):
         if re.sub(r"_\d+$", "", path.stem) in groups:
             path.unlink()
@@ -146,6 +147,22 @@ def density_figure(density: Float[np.ndarray, " L"], title: str) -> "Figure":
     )
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper right")
+    return figure
+
+
+def sweep_figure(points: Sequence[Mapping[str, float]], title: str) -> "Figure":
+    """Returns perplexity over density: of the evaluation, which comes first, and of others."""
+    own, *others = ((point["density"], point["perplexity"]) for point in points)
+    figure, panels = figures.new(1, height=3.6)
+    panel = panels[0, 0]
+    panel.plot(*zip(*sorted(others), strict=True), "o-", color=figures.DARK, label="other choices")
+    panel.plot(*own, "D", color=figures.RED, label=f"this evaluation: {own[1]:.4g} at {own[0]:.3f}")
+    panel.set(
+        xlabel="density (fraction of pairs), mean of layers",
+        ylabel="perplexity",
+        title=f"{title}: perplexity by density",
+    )
+    panel.legend(frameon=False, fontsize=8)
     return figure
 
 

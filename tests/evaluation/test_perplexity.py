@@ -1,12 +1,14 @@
 """Perplexity against a computation by hand."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparseformer_jax import data, mesh, presets, registry
-from sparseformer_jax.evaluation.perplexity import Evaluator
+from sparseformer_jax.evaluation.perplexity import Evaluator, at_other_densities
 from sparseformer_jax.training.state import ModelDef, TrainState
 from tests.model.harness import PENALISED
 
@@ -88,3 +90,31 @@ def test_diagnostics_are_means_over_tokens(config, add_attention):
         expected = np.average(values, weights=tokens)
         assert abs(np.mean(values) / expected - 1) > 1e-4
         np.testing.assert_allclose(results[name], expected, rtol=1e-5)
+
+
+@pytest.mark.representative("decode-*")
+@pytest.mark.parametrize(
+    ("gates", "name", "amounts"),
+    [("prefill", "density", [0.1, 0.2, 0.3, 0.5]), ("decode", "token_budget", [4, 8, 16])],
+)
+def test_other_densities_are_those_of_their_options(config, gates, name, amounts):
+    """The last of them is the dense model, and each attends to no less than the one before."""
+    config.attention = registry.method_config(
+        "attention", "seer", gates=gates, block_size=4, threshold=0.3, capacity=3
+    )
+    corpus = data.load_corpus(config.data, "validation", data.make_tokenizer(config.data))
+    dense = copy.deepcopy(config)
+    dense.attention = registry.method_config("attention", "dense")
+    with jax.set_mesh(mesh.make_mesh({}, jax.devices()[:1])):
+        params, variables = ModelDef(config).init(jax.random.key(0))
+        state = TrainState(jnp.int32(0), params, variables)
+        found = at_other_densities(config, corpus, state)
+        assert at_other_densities(dense, corpus, state) == []
+        config.attention.threshold = config.attention.capacity = None
+        for amount, point in zip([*amounts, None], found, strict=True):
+            config.attention[name] = amount
+            assert point == Evaluator(config, ModelDef(config), corpus)(state)
+    densities = [point["density"] for point in found]
+    assert densities[-1] == 1
+    assert np.all(np.diff(densities) >= 0)  # two may keep as many blocks
+    assert densities[0] < densities[-2]

@@ -72,6 +72,19 @@ def test_density_is_a_bar_a_layer(losses):
     assert sorted(labels) == ["a layer", "mean of layers: 0.625"]
 
 
+def test_perplexity_over_density_marks_the_evaluation_among_others():
+    points = [
+        {"density": density, "perplexity": perplexity, "loss": 0.0}
+        for density, perplexity in ((0.4, 5.0), (1.0, 3.0), (0.2, 7.0))
+    ]
+    (panel,) = pictures.sweep_figure(points, "run").axes
+    others, own = (line.get_xydata().tolist() for line in panel.lines)
+    assert others == [[0.2, 7], [1, 3]]
+    assert own == [[0.4, 5]]
+    labels = [text.get_text() for text in panel.get_legend().texts]
+    assert labels == ["other choices", "this evaluation: 5 at 0.400"]
+
+
 def test_tiles_take_the_colours_of_their_kinds_by_share():
     tiles = {"a": np.array([[1.0, 0.5], [0, 0]]), "b": np.array([[0, 0.5], [0.25, 0]])}
     image = pictures.mixed(tiles, {"a": "#ff0000", "b": "#00ff00"})
