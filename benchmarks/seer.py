@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="file of the text that is out of domain")
     parser.add_argument("--workdir", type=Path, required=True, help="folder of all rows")
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
-    parser.add_argument("--steps", type=int, default=150, help="of 2048 tokens, to distil")
+    parser.add_argument("--steps", type=int, default=200, help="of 2048 tokens, to distil")
     args, settings = parser.parse_known_args()
     bench = Bench(args, settings)
     for kind in args.gates:

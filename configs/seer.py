@@ -20,7 +20,8 @@ in the first version of 2410.13276, but with KL for its MSE; after the gates, an
     python train.py --config=configs/seer.py:extend --config.init_from=/tmp/llama3-seer \
         --config.data.tokenizer=TOKENIZER_JSON --workdir=/tmp/llama3-seer-32k
 
-smollm2: SmolLM2-135M, in steps that two CPU cores can take; gemma3: Gemma 3 270M, alike.
+smollm2: SmolLM2-135M, in steps that two CPU cores can take, and in blocks of 16 tokens: a window
+of 2048 is short for more; gemma3: Gemma 3 270M, alike.
 """
 
 from ml_collections import ConfigDict
@@ -65,7 +66,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
     if size == "extend":
         _extended_llama3(config)
     if size in _ON_CPU:
+        config.attention.block_size = 16
         config.data.seq_len = 2048
+        config.optimizer.learning_rate = 3e-3
         config.train.batch_size = 1
         config.train.num_steps = 300
         config.optimizer.warmup_steps = 20
