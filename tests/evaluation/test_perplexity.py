@@ -92,7 +92,7 @@ def test_diagnostics_are_means_over_tokens(config, add_attention):
         np.testing.assert_allclose(results[name], expected, rtol=1e-5)
 
 
-@pytest.mark.representative("decode-*")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("gates", "name", "amounts"),
     [("prefill", "density", [0.1, 0.2, 0.3, 0.5]), ("decode", "token_budget", [4, 8, 16])],
