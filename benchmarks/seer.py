@@ -108,7 +108,9 @@ def draw(
     file: Path,
 ) -> None:
     """Draws perplexity over how much is attended to, a panel a text."""
-    figure, panels = figures.new(1, len(columns), height=3)
+    from matplotlib.ticker import FormatStrFormatter, LogLocator
+
+    figure, panels = figures.new(1, len(columns), height=3.2, sharey=True)
     for panel, column in zip(panels.flat, columns, strict=True):
         for name in SELECTORS:
             amounts = GATES[kind][2]
@@ -117,9 +119,12 @@ def draw(
         panel.axhline(dense, color="grey", linestyle=":", label="dense")
         panel.set(xscale="log", yscale="log", title=column, xlabel=GATES[kind][1])
         panel.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         panel.set_xticks(amounts, [f"{x:g}" for x in amounts])
     panels.flat[0].set_ylabel("perplexity")
-    panels.flat[-1].legend(fontsize=7)
+    handles = panels.flat[0].get_lines()
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     figures.save(figure, file)
 
 
