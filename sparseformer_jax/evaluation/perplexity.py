@@ -133,7 +133,8 @@ def evaluate_checkpoint(
     """Returns what `Evaluator` says of a checkpoint, and of what it says that.
 
     Beside the numbers: "step"; "split"; "text", the fingerprint of text and tokenizer; and
-    "overrides", {key: "old -> new"} where the evaluation is not the run's own.
+    "overrides", {key: "old -> new"} where the evaluation is not the run's own. With `plots`, of a
+    method that offers other densities, "by_density" has those and their perplexities.
 
     Args:
       config: the run's, or one with other `data` and `eval` sections.
@@ -163,15 +164,18 @@ def evaluate_checkpoint(
         evaluator = Evaluator(config, model_def, corpus)
         losses = evaluator.measure(state)
         results = evaluator.numbers(losses)
-        window, points = None, [results]
+        window, others = None, []
         if plots is not None:
-            points = [results, *at_other_densities(config, corpus, state)]
+            others = at_other_densities(config, corpus, state)
             window = inspection.first_window(config, model_def, corpus, state)
     if plots is not None and window is not None:
         title = f"{config.attention.name}, step {step}, {split}"
         drawn = pictures.draw(losses, window, logged(workdir, step), title)
-        if len(points) > 1:
-            drawn["perplexity_by_density"] = pictures.sweep_figure(points, title)
+        if others:
+            drawn["perplexity_by_density"] = pictures.sweep_figure([results, *others], title)
         pictures.save(plots, drawn)
     subject = {"step": step, "split": split, "text": corpus.fingerprint, "overrides": overrides}
-    return {**subject, **results}
+    found = {**subject, **results}
+    if others:
+        found["by_density"] = [{name: x[name] for name in ("density", "perplexity")} for x in others]
+    return found
