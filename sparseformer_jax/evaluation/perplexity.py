@@ -177,5 +177,6 @@ def evaluate_checkpoint(
     subject = {"step": step, "split": split, "text": corpus.fingerprint, "overrides": overrides}
     found = {**subject, **results}
     if others:
-        found["by_density"] = [{name: x[name] for name in ("density", "perplexity")} for x in others]
+        names = ("density", "perplexity")
+        found["by_density"] = [{name: point[name] for name in names} for point in others]
     return found
