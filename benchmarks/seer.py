@@ -89,7 +89,8 @@ def print_table(kind: str, rows: Sequence[tuple[str, float, dict[str, Any]]], fo
         cells = [
             f"{row[c]:.0f} of {PASS_KEYS}" if c == "pass key" else f"{row[c]:.2f}" for c in row
         ]
-        print(f"| {amount:g} | {name} | {' | '.join(cells)} |", flush=True)
+        shown = "all" if name == "dense" else f"{amount:g}"
+        print(f"| {shown} | {name} | {' | '.join(cells)} |", flush=True)
     by_row = {(name, amount): row for name, amount, row in rows}
     columns = [c for c in columns if c != "pass key"]
     print(f"\n| closed by the gate | {' | '.join(columns)} |")

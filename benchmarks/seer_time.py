@@ -96,7 +96,8 @@ def attention_times(length: int, density: float, rounds: int) -> list[float]:
         return choose(options, scored_by(method(state).gate, inputs, shard))[0]
 
     def sparse(state: Any, inputs: Inputs, chosen: jax.Array) -> jax.Array:
-        return method(state)._attend_map(inputs, chosen, 0)
+        capacity = options.most_blocks(chosen.shape[-1])
+        return method(state)._attend_map(inputs, chosen, 0, capacity)
 
     chosen = jax.jit(gate)(state, inputs)
     runs: list[tuple[Callable[..., Any], tuple[Any, ...]]]
