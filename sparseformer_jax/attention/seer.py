@@ -132,7 +132,8 @@ def notes(options: Options) -> list[str]:
 
 def sweep(options: Options, seq_len: int) -> list[dict[str, Any]]:
     """Returns options that attend to more and more of a sequence; the last are dense."""
-    return _block_selection.sweep(options, seq_len)
+    # Joint training must choose; how a run trains does not change what it evaluates to.
+    return [found | {"joint": False} for found in _block_selection.sweep(options, seq_len)]
 
 
 class Method(GatedAttention):

@@ -37,24 +37,6 @@ DENSE_OPTIONS = [
 BFLOAT16_ERROR = 0.1  # choices between close scores fall differently
 
 
-@pytest.mark.parametrize(
-    ("gates", "options", "name", "amounts"),
-    [
-        ("prefill", {"threshold": 0.1, "capacity": 3}, "density", [0.1, 0.2, 0.3, 0.5]),
-        ("decode", {"keeps_first": True}, "token_budget", [16, 24, 40]),
-    ],
-)
-def test_a_sweep_goes_from_few_blocks_to_dense_attention(gates, options, name, amounts):
-    section = registry.method_config("attention", "seer", gates=gates, block_size=8, **options)
-    *sparse, dense = registry.sweep("attention", section, 80)
-    assert [found[name] for found in sparse] == amounts
-    for found in sparse:
-        section.update(found)
-        assert registry.options("attention", section).chooses
-    section.update(dense)
-    assert not registry.options("attention", section).chooses
-
-
 @pytest.mark.representative("double")
 @kinds
 def test_documents_of_whole_blocks_learn_as_if_alone(kind):

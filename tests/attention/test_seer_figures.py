@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparseformer_jax import figures
+from sparseformer_jax import figures, registry
 from sparseformer_jax.attention import _gate_figures, seer
 from sparseformer_jax.figures import Shown, ShownLayer
 from tests.attention.seer_cases import SIZE, kinds, make, states
@@ -110,3 +110,22 @@ def test_pages_hold_what_can_be_seen_and_nothing_is_drawn_of_one_block():
     alone = layer(TRUE, TRUE)
     alone.arrays["past"] = np.zeros((4, 4), bool)
     assert not draw(alone)
+
+
+@pytest.mark.parametrize(
+    ("gates", "options", "name", "amounts"),
+    [
+        ("prefill", {"threshold": 0.1, "capacity": 3}, "density", [0.1, 0.2, 0.3, 0.5]),
+        ("prefill", {"density": 0.2, "joint": True}, "density", [0.1, 0.2, 0.3, 0.5]),
+        ("decode", {"keeps_first": True}, "token_budget", [16, 24, 40]),
+    ],
+)
+def test_a_sweep_goes_from_few_blocks_to_dense_attention(gates, options, name, amounts):
+    section = registry.method_config("attention", "seer", gates=gates, block_size=8, **options)
+    *sparse, dense = registry.sweep("attention", section, 80)
+    assert [found[name] for found in sparse] == amounts
+    for found in sparse:
+        section.update(found)
+        assert registry.options("attention", section).chooses
+    section.update(dense)
+    assert not registry.options("attention", section).chooses
