@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of all rows")
     rows = ("dense", *ONE_SHOT, *LEARNED)
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW")
+    parser.add_argument("--preset", choices=("smollm2", "gemma3"), default="smollm2")
     parser.add_argument("--samples", type=int, default=32, help="windows of 1024 to calibrate")
     parser.add_argument("--steps", type=int, default=480, help="of a learned mask")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step")
@@ -105,7 +106,7 @@ def learned(name: str, workdir: Path, args: argparse.Namespace, settings: list[s
     """Learns masks; returns the CPU seconds it took, or the rest of it took."""
     command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}"]
     command += [
-        f"--config={ROOT / 'configs/maskllm.py'}:smollm2",
+        f"--config={ROOT / 'configs/maskllm.py'}:{args.preset}",
         f"--config.data.files={args.books}",
     ]
     command += [f"--config.init_from={args.model}"]
@@ -146,6 +147,9 @@ def draw(workdir: Path, names: list[str]) -> None:
             label=name,
         )
     axes.set(xlabel="tokens", ylabel="perplexity of validation books", yscale="log")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.legend()
     figure.savefig(workdir / "masks.png", dpi=150)
 
