@@ -50,6 +50,7 @@ def main() -> None:
     rows = ("dense", *ONE_SHOT, *LEARNED)
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW")
     parser.add_argument("--preset", choices=("smollm2", "gemma3"), default="smollm2")
+    parser.add_argument("--bos", default="none", help="none, or window: where Gemma wants its first token")
     parser.add_argument("--samples", type=int, default=32, help="windows of 1024 to calibrate")
     parser.add_argument("--steps", type=int, default=480, help="of a learned mask")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step")
@@ -83,9 +84,10 @@ def made(name: str, args: argparse.Namespace, settings: list[str]) -> dict[str, 
         elif name in LEARNED:
             made(LEARNED[name], args, settings)
             cost, tokens = learned(name, workdir, args, settings), args.steps * args.tokens
-        on_text = perplexity(workdir, "--num_windows=8", f"--files={args.text}")
+        bos = f"--bos={args.bos}"
+        on_text = perplexity(workdir, bos, "--num_windows=8", f"--files={args.text}")
         split = f"--config.data.files={args.books}"
-        on_books = perplexity(workdir, "--num_windows=2", "--split=test", split)
+        on_books = perplexity(workdir, bos, "--num_windows=2", "--split=test", split)
         row = {"tokens": tokens, "text": on_text, "books": on_books, "cpu_seconds": cost}
         args.workdir.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(row))
