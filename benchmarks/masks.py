@@ -15,6 +15,7 @@ Two cores: a one-shot row takes 2 to 5 CPU minutes, a learned one as `--steps` a
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,8 @@ def made(name: str, args: argparse.Namespace, settings: list[str]) -> dict[str, 
 
 def pruned(name: str, workdir: Path, args: argparse.Namespace) -> float:
     """Prunes the model; returns the CPU seconds it took."""
+    # A row without figures was cut off.
+    shutil.rmtree(workdir, ignore_errors=True)
     command = [sys.executable, "-m", "sparseformer_jax.sparsity", "prune", *ONE_SHOT[name]]
     command += [f"--workdir={args.model}", "--pattern=2:4", f"--out={workdir}"]
     if name != "magnitude":
