@@ -51,7 +51,7 @@ def main() -> None:
     rows = ("dense", *ONE_SHOT, *LEARNED)
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW")
     parser.add_argument("--preset", choices=("smollm2", "gemma3"), default="smollm2")
-    parser.add_argument("--bos", default="none", help="none, or window: where Gemma wants its first token")
+    parser.add_argument("--bos", default="none", help="none, or window, as Gemma wants it")
     parser.add_argument("--samples", type=int, default=32, help="windows of 1024 to calibrate")
     parser.add_argument("--steps", type=int, default=480, help="of a learned mask")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step")
