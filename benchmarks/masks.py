@@ -15,7 +15,6 @@ Two cores: a one-shot row takes 2 to 5 CPU minutes, a learned one as `--steps` a
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +49,10 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of all rows")
     rows = ("dense", *ONE_SHOT, *LEARNED)
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW")
-    parser.add_argument("--preset", choices=("smollm2", "gemma3"), default="smollm2")
-    parser.add_argument("--bos", default="none", help="none, or window, as Gemma wants it")
+    presets = ("smollm2", "gemma3")
+    parser.add_argument("--preset", choices=presets, default="smollm2", help="of learned masks")
+    bos = {"choices": ("none", "window"), "default": "none"}
+    parser.add_argument("--bos", **bos, help="begin windows with the first token, as Gemma wants")
     parser.add_argument("--samples", type=int, default=32, help="windows of 1024 to calibrate")
     parser.add_argument("--steps", type=int, default=480, help="of a learned mask")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step")
@@ -96,9 +97,10 @@ def made(name: str, args: argparse.Namespace, settings: list[str]) -> dict[str, 
 
 
 def pruned(name: str, workdir: Path, args: argparse.Namespace) -> float:
-    """Prunes the model; returns the CPU seconds it took."""
-    # A row without figures was cut off.
-    shutil.rmtree(workdir, ignore_errors=True)
+    """Prunes the model; returns the CPU seconds it took, or the rest of it took."""
+    # A folder is there once it is whole.
+    if workdir.is_dir():
+        return 0.0
     command = [sys.executable, "-m", "sparseformer_jax.sparsity", "prune", *ONE_SHOT[name]]
     command += [f"--workdir={args.model}", "--pattern=2:4", f"--out={workdir}"]
     if name != "magnitude":
