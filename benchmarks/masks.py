@@ -138,6 +138,7 @@ def draw(workdir: Path, names: list[str]) -> None:
     """Draws the validation loss of learned masks over tokens."""
     if not names:
         return
+    from matplotlib import ticker
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -155,8 +156,8 @@ def draw(workdir: Path, names: list[str]) -> None:
         )
     axes.set(xlabel="tokens", ylabel="perplexity of validation books", yscale="log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter("{x:.0f}")
-    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter(ticker.LogFormatter())
+    axes.yaxis.set_minor_formatter(ticker.LogFormatter())
     axes.legend()
     figure.savefig(workdir / "masks.png", dpi=150)
 
