@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=rows, default=list(rows), metavar="ROW")
     presets = ("smollm2", "gemma3")
     parser.add_argument("--preset", choices=presets, default="smollm2", help="of learned masks")
-    bos = {"choices": ("none", "window"), "default": "none"}
-    parser.add_argument("--bos", **bos, help="begin windows with the first token, as Gemma wants")
+    help_bos = "window: each begins with the first token, as Gemma wants"
+    parser.add_argument("--bos", choices=("none", "window"), default="none", help=help_bos)
     parser.add_argument("--samples", type=int, default=32, help="windows of 1024 to calibrate")
     parser.add_argument("--steps", type=int, default=480, help="of a learned mask")
     parser.add_argument("--tokens", type=int, default=1024, help="of a step")
