@@ -58,7 +58,10 @@ def priors(model_def: ModelDef) -> dict[str, Any]:
     try:
         masks = masks_of_run(*split_source(source))
     except ValueError as error:
-        raise ConfigError(f"sparsity.prior={source!r}: {error}") from None
+        raise ConfigError(
+            f"sparsity.prior={source!r}: takes a run with masks, as of `python -m "
+            f"sparseformer_jax.sparsity prune`; {error}"
+        ) from None
     wanted = {
         layer: jax.ShapeDtypeStruct(model_def.layer_shape(name), bool)
         for name in model_def.targets
@@ -66,7 +69,10 @@ def priors(model_def: ModelDef) -> dict[str, Any]:
     }
     masks = {name: kept for name, kept in masks.items() if name in wanted}
     if wrong := differences(masks, wanted):
-        raise ConfigError(f"sparsity.prior={source!r}: does not fit the model: {wrong}")
+        raise ConfigError(
+            f"sparsity.prior={source!r}: does not fit the model: {wrong}; take masks that the same "
+            "model has for all of sparsity.targets"
+        )
     stacked = model_def.from_layers(masks)
     if model_def.sparsity.keeps_prior:
         check_patterns(model_def, stacked, f"sparsity.prior={source!r}")

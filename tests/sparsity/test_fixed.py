@@ -112,10 +112,13 @@ def test_what_is_no_prior_is_one_line(saved, tmp_path):
         assert str(error.value).startswith(f"sparsity.prior='{tmp_path}/{name}': ")
         assert "\n" not in str(error.value)
 
-    refused("dense", ("ff=2:4",), "dense is a dense checkpoint: it has no masks$")
+    makes = "takes a run with masks, as of `.*sparsity prune`; "
+    refused("dense", ("ff=2:4",), f"{makes}.*dense is a dense checkpoint: it has no masks$")
     refused("none", ("ff=2:4",), "none holds no checkpoints")
     refused("source:4", ("ff=2:4",), "no checkpoint of step 4")
-    refused("source", ("all=2:4",), "does not fit the model: missing: layers/./attention/")
+    refused(
+        "source", ("all=2:4",), "does not fit the model: missing: layers/./attention/.*; take masks"
+    )
 
     def narrow(config):
         config.model.mlp_dim = 64
